@@ -1,7 +1,7 @@
-"""Measures pjw beside its peers and the kernel's own limit, as root: `make bench`; in CI `make bench-check`.
+"""Measure pjw, its peers and the kernel's own limit, as root: `make bench`; in CI `make bench-check`.
 
-Prints a table of ratios for each suite. What was found is in build/bench/figures.json then (quick.json, when
-quick), together with what the suites that did not run now found on the same day.
+It prints a table of ratios for each suite. Then build/bench/figures.json (quick.json, when quick) has the
+figures, and also those of the other suites from the same day.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.machine import describe
 from benchmarks.report import Figure, Held, Report, table
 
 # In this order. The last has thousands of jobs, and each mounts file systems; the kernel gives every new
-# memory cgroup room for as many as there ever were at once, until it boots. So starts are dearer after it.
+# memory cgroup room for as many as there ever were at once, until it boots. So starts cost more after it.
 SUITES: Final = (
     *(
         "start",
@@ -40,9 +40,9 @@ SUITES: Final = (
         "scale",
     ),
 )
-# Alone, and only when it is named: what others measure as well, beside earlier commits.
+# It measures again, for earlier commits too, so it runs alone and only when it is named.
 GOALS: Final = goals.SUITE
-# What needs Debian's packages of Slurm: only when it is named.
+# These need Debian's packages of Slurm, and run only when they are named.
 NAMED: Final = ("cluster",)
 OUTPUT: Final = Path("build/bench")
 PLOTS: Final = Path("docs/performance")
@@ -67,7 +67,7 @@ def main() -> int:
     machine = _machine(quick=quick)
     path = OUTPUT / ("quick.json" if quick else "figures.json")
     report = Report(machine, figures)
-    # what another version of these benchmarks has written may be anything
+    # a file of another version of these benchmarks may have any form
     with suppress(FileNotFoundError, KeyError, TypeError, ValueError):
         report = Report.load(path).joined(report)
     report.figures.sort(key=lambda figure: (*SUITES, *NAMED).index(figure.suite))
@@ -104,16 +104,18 @@ def _arguments() -> argparse.Namespace:
         action="append",
         help="compare with the pjwd of that commit, in turns; store nothing; may be repeated",
     )
-    parser.add_argument("--jobs-max", type=int, metavar="N", help="scale: at most so many jobs, and so many")
+    parser.add_argument(
+        "--jobs-max", type=int, metavar="N", help="scale: no more than N jobs, and a row with N"
+    )
     arguments = parser.parse_args()
     if GOALS in arguments.suite and len(arguments.suite) > 1:
-        parser.error(f"the suite {GOALS} has a table of its own: name no other suite beside it")
+        parser.error(f"the suite {GOALS} has its own table: name no other suite with it")
     if (arguments.check or arguments.store) and (arguments.against or arguments.suite == [GOALS]):
         parser.error("ratios are stored and checked of this tree alone, without --against")
     if arguments.against and arguments.document and arguments.suite != [GOALS]:
         parser.error(f"beside earlier commits only the suite {GOALS} has a table in {document.DOCUMENT}")
     if (arguments.check or arguments.store) and not arguments.quick:
-        # the levels of a full run are others
+        # a full run has other levels
         parser.error("the stored ratios are those of quick runs: give --quick as well")
     if arguments.document and arguments.quick:
         parser.error(f"{document.DOCUMENT} shows no quick runs")
@@ -121,7 +123,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _judge(commits: dict[str, Path], *, quick: bool, into_document: bool) -> int:
-    """Print each goal beside what was measured, and write it into the document; 1 where one is missed."""
+    """Print each goal and its measurement, and write them into the document; 1 if one is missed."""
     found, missed = goals.compare(commits, quick=quick)
     machine = ", ".join(f"{key} {value}" for key, value in _machine(quick=quick).items())
     text = f"{machine}\n\n{found}"
@@ -139,7 +141,7 @@ def _machine(*, quick: bool) -> dict[str, str]:
 
 
 def _compare(suites: list[str], commits: dict[str, Path], *, quick: bool) -> int:
-    """Print what each suite finds beside earlier commits; 1 where one is worse by more than the goal."""
+    """Print each suite's figures and those of earlier commits; 1 if one is worse by more than the goal."""
     worse = 0
     for name in suites:
         suite = functools.partial(importlib.import_module(f"benchmarks.{name}").run, quick=quick)
@@ -165,7 +167,7 @@ def _run(name: str, *, quick: bool) -> list[Figure]:
 
 
 def _plot(report: Report, directory: Path) -> None:
-    # not at the top: matplotlib is there for `make bench` alone
+    # not at the top: only `make bench` has matplotlib
     from benchmarks import plots
 
     for path in plots.draw_all(report.figures, directory):

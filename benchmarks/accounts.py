@@ -1,6 +1,6 @@
-"""Whose processor time lives take, by the kernel's accounts of cgroups and processes.
+"""Divide the processor time of lives among processes, by the kernel's accounts.
 
-What a process counts for its children leaves out those that nobody waits for. A cgroup counts everybody who
+A process's count for its children leaves out those that nobody waits for. A cgroup counts each process that
 was ever in it or below it, so nothing is missing from the sum of two: the one that pjwd's own processes are
 moved into, and the one that it has made for its jobs.
 """
@@ -30,7 +30,7 @@ class Used:
 
     @property
     def total(self) -> float:
-        """Of all of them."""
+        """The sum of all parts."""
         return self.server + self.launcher + self.spawning + self.jobs
 
     def parts(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ class Accounts:
         self._jobs: Final = jobs
 
     def now(self) -> Used:
-        """Return the time used until now. Only the difference of two such times means something."""
+        """Return the time used until now. Only the difference of two such times has a meaning."""
         server, launcher = own_cpu_seconds(self._server), own_cpu_seconds(self._launcher)
         own = cgroup_seconds(self._own)
         return Used(server, launcher, own - server - launcher, cgroup_seconds(self._jobs))
@@ -78,7 +78,7 @@ class Accounts:
 
 @contextmanager
 def opened(service: Service) -> Iterator[Accounts]:
-    """Give the accounts of a pjwd; its processes, but for those of jobs, have a cgroup of their own."""
+    """Give the accounts of a pjwd; its processes, but for those of jobs, have their own cgroup."""
     [jobs] = [path for path in instance_cgroups(service.state) if counts_time(path)]
     # jobs are in ROOT/pjw/INSTANCE
     root = jobs.parent.parent
@@ -113,7 +113,7 @@ def counts_time(cgroup: Path) -> bool:
 
 
 def _place(pid: int, controller: str) -> str:
-    """Where a process is in the hierarchy of a controller of v1; that of v2 has none (cgroups(7))."""
+    """Return the path of a process in the hierarchy of a v1 controller; v2 has none (cgroups(7))."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):

@@ -1,6 +1,6 @@
-"""Measures the pjw of earlier commits beside this tree's: whole suites in turns, on one machine, in one run.
+"""Measure the pjw of earlier commits and of this tree: whole suites in turns, on one machine, in one run.
 
-What it compares is the service, with the libraries and the clients of this tree: `scripts/install-revision`
+It compares the services, with the libraries and the clients of this tree: `scripts/install-revision`
 builds the commit's own wheel below build/revisions.
 """
 
@@ -13,13 +13,13 @@ from benchmarks import pjwd
 from benchmarks.report import Figure, Held, median
 
 ROOT: Final = Path(__file__).parents[1]
-# What a change may cost, beside the commit.
+# The bound for a change: its cost divided by the commit's.
 GOAL: Final = 1.1
 TURNS: Final = 3
-# How this tree's is called among commits.
+# The name of this tree among the commits.
 OURS: Final = "this tree"
 
-# Of each pjwd, what each turn has found, by the key of the figure.
+# For each pjwd its results of each turn, by the key of the figure.
 Found = dict[str, dict[str, list[Figure]]]
 
 
@@ -38,7 +38,7 @@ def measure(suite: Callable[[], list[Figure]], commits: Mapping[str, Path], turn
     programs = {**commits, OURS: pjwd.THIS}
     found: Found = {name: {} for name in programs}
     for turn in range(turns):
-        # each is first as often as it can be: the machine may grow slower meanwhile
+        # each is first about as often: the machine may grow slower meanwhile
         for name in reversed(programs) if turn % 2 else programs:
             with pjwd.measured(programs[name]):
                 for figure in suite():
@@ -47,7 +47,7 @@ def measure(suite: Callable[[], list[Figure]], commits: Mapping[str, Path], turn
 
 
 def run(suite: Callable[[], list[Figure]], commits: Mapping[str, Path]) -> list[Figure]:
-    """Run a suite in turns on all of them; return each of its numbers beside what each commit's was."""
+    """Run a suite in turns on all of them; return each of its numbers with that of each commit."""
     found = measure(suite, commits)
     return [figure for commit in commits for figure in _compared(found[OURS], found[commit], commit)]
 
@@ -55,11 +55,11 @@ def run(suite: Callable[[], list[Figure]], commits: Mapping[str, Path]) -> list[
 def _compared(
     ours: dict[str, list[Figure]], theirs: dict[str, list[Figure]], commit: str
 ) -> Iterator[Figure]:
-    # one number may be beside several references, of which the first is as good as any
+    # one number may have several references, of which the first is as good as any
     once = {figures[0].name: (key, figures) for key, figures in reversed(ours.items())}
     for name, (key, figures) in reversed(once.items()):
         one = figures[0]
-        # what no later run is held to is no steadier here
+        # figures that no later run is held to are unsteady here, too
         goal = None if one.held is Held.NEVER or one.ratio is None else GOAL
         yield Figure(
             one.suite,

@@ -1,4 +1,4 @@
-"""Arrays, as a part of the suite `queue`: how fast one drains, and what a million elements that wait cost."""
+"""Arrays, as a part of the suite `queue`: how fast one drains, and the cost of a million waiting elements."""
 
 import asyncio
 import time
@@ -14,15 +14,15 @@ from tests.support.service import CALL_SECONDS, Service
 SUITE: Final = "queue"
 ELEMENTS: Final = 1_000_000
 KIB: Final = 1024
-# What one job may cost, and its array may cost no more: pages of the table, objects of Python.
+# The bounds of one job, which hold for its whole array too: pages of the table, objects of Python.
 TABLE_BOUND: Final = 64 * KIB
 MEMORY_BOUND: Final = 2 * KIB * KIB
-# beside those with an empty queue
+# as a ratio to a start with an empty queue
 START_BOUND: Final = 1.25
 
 
 def drained(service: Service, count: int, slots: int) -> float:
-    """Elements that begin and end in a second: of an array of so many, so many at once."""
+    """Return the elements that begin and end in a second: *count* in the array, *slots* at once."""
 
     async def drain() -> float:
         async with AsyncExitStack() as stack:
@@ -67,7 +67,7 @@ def _bounded(name: str, value: int, bound: int) -> Figure:
 
 
 def _restarts(service: Service, rounds: int) -> tuple[float, int]:
-    """How long pjwd takes until it answers, and the bytes of its table."""
+    """Return the seconds until pjwd answers, and the bytes of its table."""
     seconds, size = [], 0
     for _ in range(rounds):
         service.stop()

@@ -1,7 +1,7 @@
-"""Holds a quick run to the ratios of an earlier one, in ratios.json.
+"""Compare a quick run with the ratios of an earlier one, in ratios.json.
 
-A figure fails when its ratio is worse by half, or when it is not there any more: a benchmark that vanished in
-silence would never fail again. Beside a peer that this machine does not have, it is not compared.
+A figure fails when its ratio is worse by half, or when it is missing: a benchmark that vanished in silence
+would never fail again. We do not compare it with a peer that this machine lacks.
 """
 
 import json
@@ -27,7 +27,7 @@ def load(path: Path = RATIOS) -> Ratios:
 
 
 def store(figures: Iterable[Figure], suites: Collection[str], path: Path = RATIOS) -> None:
-    """Replace what is stored of these suites; only the ratios beside peers that are missing here stay."""
+    """Replace the stored ratios of these suites, except those to peers that are missing here."""
     old, new = load(path), {}
     found = {figure.key: figure for figure in figures if figure.ratio is not None}
     for held in (Held.ALWAYS, Held.IF_THERE):
@@ -42,7 +42,7 @@ def store(figures: Iterable[Figure], suites: Collection[str], path: Path = RATIO
 
 
 def complaints(figures: Iterable[Figure], suites: Collection[str], stored: Ratios) -> Complaints:
-    """Return what is wrong with a run of these suites, by the keys of the figures."""
+    """Return the faults of a run of these suites, by the keys of the figures."""
     found = {figure.key: figure for figure in figures}
     wrong: Complaints = {}
     for held, ratios in stored.items():

@@ -1,4 +1,4 @@
-"""What one `pjw get` costs as a whole process, beside the interpreter and the library that it is made of."""
+"""Measure one `pjw get` as a whole process, next to its interpreter and its library alone."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from tests.support.service import BIN, Service, wait_for
 ROUNDS: Final = 40
 QUICK_ROUNDS: Final = 10
 PJW: Final = "pjw get"
-# What each runs; the names are what the figures are held against.
+# The code that each runs. The figures name the floor that they are compared with.
 FLOORS: Final = {"python -c pass": "pass", "python -c 'import grpc'": "import grpc"}
 
 
 @dataclass(slots=True)
 class Contestant:
-    """A command line, and what its runs took, in seconds."""
+    """A command line, and the seconds of its runs."""
 
     command: Sequence[str]
     wall: list[float] = field(default_factory=list)
@@ -29,14 +29,14 @@ class Contestant:
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """All in turns, so that whatever else the machine does hits all alike."""
+    """Run all in turns, so that other work of the machine hits all alike."""
     with running() as service:
         job_id = service.start_job("true")
         wait_for(lambda: service.job(job_id).HasField("end"))
         contestants = _contestants(service, job_id)
         environment = service.environment()
         said = service.directory / "stdout"
-        # the first round warms the cache, and is not counted
+        # the first round warms the cache, and does not count
         for number in range((QUICK_ROUNDS if quick else ROUNDS) + 1):
             for name, contestant in contestants.items():
                 wall, cpu = timed(contestant.command, environment, said)
@@ -62,7 +62,7 @@ def _contestants(service: Service, job_id: int) -> dict[str, Contestant]:
 
 
 def timed(command: Sequence[str], environment: Mapping[str, str], said: Path) -> tuple[float, float]:
-    """Wall and processor time of a process, from before its start until it is reaped; it must succeed."""
+    """Return wall and processor time of a process, from its start until it is reaped; it must succeed."""
     began = time.perf_counter()
     pid = os.posix_spawn(
         command[0],

@@ -1,6 +1,6 @@
 """Clients of a pjwd that start `true` again and again, each over its own connection, and wait for its end.
 
-What knows the end is a Logs stream from byte 0, which ends when the job has: Get would have to be asked again
+They learn of the end by a Logs stream from byte 0, which ends with the job: Get would have to be called again
 and again, and Stop would end the job itself.
 """
 
@@ -27,7 +27,7 @@ _REQUEST: Final = pb.StartRequest(argv=pb.Argv(arguments=[TRUE]))
 
 
 def run_once(stub: JobWorkerServiceStub) -> Run:
-    """One whole life, by the synchronous stub: its calls one after the other cost less than grpc.aio's."""
+    """Run one whole life, by the synchronous stub: its calls cost less than those of grpc.aio."""
     began = time.perf_counter()
     job_id = stub.Start(_REQUEST).job.id
     started = time.perf_counter()
@@ -39,7 +39,7 @@ def run_once(stub: JobWorkerServiceStub) -> Run:
 
 
 async def run_many(service: Service, clients: int, count: int) -> float:
-    """*count* whole lives by so many clients at once; the seconds until the last one ended.
+    """Run *count* whole lives by several clients at once; return the seconds until the last one ended.
 
     By grpc.aio: 64 threads cost us more than 64 tasks, and we share the processors with the server.
     """
@@ -69,7 +69,7 @@ async def run_many(service: Service, clients: int, count: int) -> float:
 
 @asynccontextmanager
 async def connected(service: Service, client: str = "alice") -> AsyncIterator["JobWorkerServiceAsyncStub"]:
-    """Give a connection of its own to a service, as one of its clients."""
+    """Give a separate connection to a service, as one of its clients."""
     async with secure_channel(service.address, service.certs, client) as channel:
         await channel.channel_ready()
         yield JobWorkerServiceStub(channel)

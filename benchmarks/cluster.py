@@ -1,6 +1,6 @@
-"""A gateway and two nodes beside one pjwd, on one machine: with the engine `pool`, and with a real Slurm.
+"""Compare a gateway and two nodes with one pjwd, on one machine: with engine `pool`, and with a real Slurm.
 
-Slurm's places are warm, or each job is of a kind of its own, so that each needs a new one. All execute the
+Slurm's places are warm, or each job is of another kind, so that each needs a new place. All execute the
 same `true`. Slurm is Debian's, unpacked and not installed (scripts/slurm-unpack).
 """
 
@@ -33,7 +33,7 @@ WARM_GOAL: Final = 2.5
 RATE_GOAL: Final = 0.8
 STREAM_GOAL: Final = 0.8
 MIB: Final = 1024**2
-# of each simulated node, whatever the machine has: the suite does not measure room
+# of each simulated node on any machine: the suite does not measure room
 _CPUS: Final = 64
 _MEMORY_MB: Final = 1_000_000
 _BOUNDLESS: Final = pjwd.CONFIG.partition("[job_users]")[0].format(calls=pjwd.CALLS)
@@ -66,7 +66,7 @@ def _with_room(config: str) -> str:
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """All rows of the suite; in each round everybody has one turn."""
+    """Measure all rows of the suite; in each round each contestant has one turn."""
     rounds, lives, count, size = (2, 10, 64, 64 * MIB) if quick else (5, 20, 256, 256 * MIB)
     with ExitStack() as stack:
         services = {
@@ -81,14 +81,14 @@ def run(*, quick: bool) -> list[Figure]:
         for turn in range(rounds + 1):
             for name, service in services.items():
                 if name == "new places":
-                    # warm places would be in their way
+                    # warm places would take their room
                     wait_for(lambda: not slurm.slurm.jobs())
                 kind = kinds.new if name == "new places" else kinds.same
                 cold = name == "new places"
                 one = asyncio.run(_lives(service, 1, lives // 4 if cold else lives, kind))
                 many = asyncio.run(_lives(service, CLIENTS, count // 4 if cold else count, kind))
                 if turn:
-                    # connections and caches are warm then
+                    # makes connections and warms caches
                     took[name] += one.each
                     rates[name].append(len(many.each) / many.seconds)
         streams = _streams({name: services[name] for name in ("directly", "pool")}, size, rounds)
@@ -125,7 +125,7 @@ class _Lived:
 
 
 async def _lives(service: Service, clients: int, count: int, memory: Callable[[], int]) -> _Lived:
-    """So many jobs by so many clients at once, each from its start to its end."""
+    """Run jobs by several clients at once, each from its start to its end."""
     left = iter(range(count))
     lived = _Lived()
 
@@ -152,7 +152,7 @@ async def _lives(service: Service, clients: int, count: int, memory: Callable[[]
 
 
 def _streams(services: dict[str, Service], size: int, rounds: int) -> Figure:
-    """Finished output to one reader: through the gateway, and from a pjwd."""
+    """Stream finished output to one reader: through the gateway, and from a pjwd."""
     rates: defaultdict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
         readers = {

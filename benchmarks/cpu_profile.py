@@ -1,10 +1,10 @@
-"""Where the processor time of starts goes, by perf(1), as root: `make profile`.
+"""Divide the processor time of starts by perf(1), as root: `make profile`.
 
     python -m benchmarks.cpu_profile [COUNT]
 
-Has eight clients start `true` COUNT times (default 1000) and samples pjwd's two processes and all that
-they start. Prints the milliseconds of one start by process and by what the code belongs to, and the
-functions that take most. Sampling itself takes a few per cent: times are a little above those of a benchmark.
+Eight clients start `true` COUNT times (default 1000), and perf samples pjwd's two processes and all that
+they start. It prints the milliseconds of one start by process and by the owner of the code, and the most
+expensive functions. Sampling itself takes a few per cent: times are a little above those of a benchmark.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ CLIENTS: Final = 8
 COUNT: Final = 1000
 HERTZ: Final = 1999
 FUNCTIONS: Final = 25
-# By the names of the objects that perf finds code in; the first that fits.
+# By the names of the objects in which perf finds code; the first that fits counts.
 KINDS: Final = {
     "kernel": r"\[.*\]",
     "gRPC": r"cygrpc.*",
@@ -46,7 +46,7 @@ def main(count: int) -> int:
         print("missing on this system: perf; on Debian: sudo apt-get install linux-perf", file=sys.stderr)
         return 1
     with pjwd.running() as service, pjwd.directory() as directory:
-        # caches, and the interpreter's own warming up
+        # warms caches and the interpreter
         asyncio.run(run_many(service, CLIENTS, 200))
         samples = directory / "perf.data"
         pids = service.pid, service.launcher_pid()
@@ -77,7 +77,7 @@ def _recording(pids: tuple[int, int], samples: Path) -> Iterator[None]:
 
 
 def _shares(samples: Path, keys: str) -> Counter[tuple[str, ...]]:
-    """Percent of all samples for each value of these keys (perf-report(1), --sort)."""
+    """Return the percentage of samples for each value of these keys (perf-report(1), --sort)."""
     command = ["perf", "report", "-i", str(samples), "--sort", keys, "--stdio", "-q", "--percent-limit", "0"]
     text = subprocess.run([*command, "-t", "\t"], check=True, capture_output=True, text=True).stdout
     found: Counter[tuple[str, ...]] = Counter()

@@ -1,4 +1,4 @@
-"""Puts what a run has found into docs/performance.md, between two marks: nobody copies numbers by hand."""
+"""Put the figures of a run into docs/performance.md, between two marks: nobody copies numbers by hand."""
 
 from pathlib import Path
 from typing import Final, NamedTuple

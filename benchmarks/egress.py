@@ -1,7 +1,7 @@
-"""Names on the network: how fast bytes go from a host into a job, and what jobs with names cost that rest.
+"""Names on the network: the rate of bytes from a host into a job, and the cost of idle jobs with names.
 
-Beside it go the same bytes from the same host over loopback alone, to the same program. Both are timed in
-turns, by the program, from its first byte to its last.
+The reference is the same program, which gets the same bytes from the same host over loopback alone. The
+program times both in turns, from its first byte to its last.
 """
 
 import os
@@ -25,7 +25,7 @@ RATE_GOAL: Final = 0.5
 MEMORY_BOUND: Final = 20 * MIB
 # the address of the host, which the operator lists by this range; its name is the address itself
 HOST: Final = "127.1.77.1"
-# connects to the host, through the proxy if there is one, and says how many bytes a second come
+# connects to the host, through the proxy if there is one, and prints the bytes a second
 READER: Final = f"""
 import os, socket, time
 proxy, port, size = os.environ.get("http_proxy"), int(os.environ["HOST_PORT"]), int(os.environ["HOST_BYTES"])
@@ -48,7 +48,7 @@ PYTHON: Final = ("/usr/bin/python3", "-I", "-S", "-c", READER)
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """Both rows, for a service of their own."""
+    """Measure both rows, on a separate service."""
     size, rounds, many = (256 * MIB, 3, 200) if quick else (1024 * MIB, 7, 1000)
     with _host(size) as port:
         more = f'[network]\nhosts = ["{HOST}:{port}"]\nprivate = ["{HOST}/32"]\n'
@@ -80,7 +80,7 @@ def _rate(client: Client, port: int, size: int, rounds: int) -> Figure:
         median(alone) / MIB,
         RATE_GOAL,
         more_is_better=True,
-        # three programs in a row need processors of their own, which a busy machine has not
+        # three programs in a row need free processors, which a busy machine lacks
         held=Held.NEVER,
     )
 

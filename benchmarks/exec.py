@@ -1,13 +1,13 @@
-"""Further commands in a running job: what one costs, and how soon a key comes back.
+"""Further commands in a running job: the cost of one, and the time until a key comes back.
 
-The cost of entering a job stands beside `crun exec`, which does the same work in a container with the same
+We compare the cost of entering a job with `crun exec`, which does the same work in a container with the same
 limits. It is the processor time of all of pjw's processes but the server, since crun has no gRPC and no TLS.
 Another row has the time with the server's.
 
-A key goes from a terminal through the client that a person has, `pjw exec -it`, to a program that gives it
-back, and to that terminal again; beside it goes a key through `ssh` to an sshd of this machine, on a port of
-its own. What gRPC takes for one message and its answer, on a stream that is open and through the same client,
-is timed too: the key is two such messages, in the two directions. All are timed in turns.
+A key goes from a terminal through the user's client, `pjw exec -it`, to a program that sends it back, and to
+that terminal again. The reference is a key through `ssh` to an sshd of this machine, on a private port. We
+also time one message of gRPC and its answer, on an open stream and through the same client: a key is two such
+messages, in the two directions. We time all in turns.
 """
 
 import itertools
@@ -41,7 +41,7 @@ from tests.support.service import BIN, CALL_SECONDS, Service, wait_for
 SUITE: Final = "exec"
 CPU_GOAL: Final = 0.5
 KEY_GOAL: Final = 2.0
-# gives every key back, and says when it begins to
+# sends every key back, and announces its beginning
 ECHO: Final = "stty raw -echo; echo ready; exec cat"
 READY: Final = b"ready\n"
 MESSAGE: Final = "a message of gRPC and its answer"
@@ -64,7 +64,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def entering(service: Service, job_id: int, rounds: int, count: int) -> list[Figure]:
-    """Return the seconds of a `true` in a job, from the call until its end is known."""
+    """Return the seconds of `true` in a job, from the call until its end is known."""
     used, lives = Used(), list[float]()
     crun_cpu, crun_lives = 0.0, list[float]()
     with ExitStack() as stack:
@@ -123,7 +123,7 @@ def _enter(stub: JobWorkerServiceStub, job_id: int) -> float:
 
 
 class Typist:
-    """A client at a terminal of its own. The program at the other end gives every key back."""
+    """A client at its own terminal. The program at the other end sends every key back."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         self._keys: Final = itertools.cycle(bytes([key]) for key in range(ord("a"), ord("z") + 1))
@@ -142,7 +142,7 @@ class Typist:
         os.close(self._ours)
 
     def key(self) -> float:
-        """Type one key; the seconds until it is shown."""
+        """Type one key; return the seconds until it is shown."""
         key = next(self._keys)
         began = time.perf_counter()
         os.write(self._ours, key)
@@ -169,7 +169,7 @@ class _Message:
         self._call: Final = stub.WriteInput(iter(self._requests.get, None))
 
     def key(self) -> float:
-        """Send one; the seconds until its answer."""
+        """Send one message; return the seconds until its answer."""
         began = time.perf_counter()
         self._requests.put(pb.WriteInputRequest(offset=1, data=b"x"))
         next(self._call)
@@ -240,9 +240,9 @@ def find_sshd() -> Path | None:
 
 
 def open_sshd(stack: ExitStack, sshd: Path, directory: Path, *options: str) -> list[str]:
-    """Start an sshd on a port of its own, with keys of its own; the command line that leads to it.
+    """Start an sshd on a private port, with its own keys; return the command line that leads to it.
 
-    Options are those of ssh; the command comes behind the line. Raises RuntimeError.
+    Options are those of ssh; the command follows the line. Raises RuntimeError.
     """
     for name in ("host", "user"):
         make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
@@ -256,7 +256,7 @@ def open_sshd(stack: ExitStack, sshd: Path, directory: Path, *options: str) -> l
     )
     host = (directory / "host.pub").read_text()
     (directory / "known").write_text(f"[127.0.0.1]:{port} {host}")
-    # where Debian's sshd empties itself of all else; systemd makes it, or nobody
+    # Debian's sshd needs this directory for its sandbox; otherwise only systemd makes it
     empty = Path("/run/sshd")
     if not empty.exists():
         empty.mkdir(0o755)
@@ -277,7 +277,7 @@ def open_sshd(stack: ExitStack, sshd: Path, directory: Path, *options: str) -> l
     return [
         *("ssh", "-F", "none", *options, "-q", "-i", str(directory / "user"), "-p", str(port), "-e", "none"),
         *("-o", f"UserKnownHostsFile={directory}/known", "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
-        # or it would send keys by the clock, every 20 ms
+        # otherwise it would send keys by the clock, every 20 ms
         *("-o", "IgnoreUnknown=ObscureKeystrokeTiming", "-o", "ObscureKeystrokeTiming=no"),
         "root@127.0.0.1",
     ]

@@ -1,4 +1,4 @@
-"""Print figures of the source: how much a stranger has to read. It needs root.
+"""Print figures of the source: the amount that a newcomer has to read. It needs root.
 
     .venv/bin/python -m benchmarks.figures [--list] [COMMIT...]
 
@@ -9,8 +9,8 @@ For each commit (default: HEAD) it prints
 - a Start: the files whose functions run between `pjw start sleep 60` and its answer, in pjw, pjwd, the
   launcher and pjw-init. Generated files do not count. `--list` names the functions.
 
-Python is traced by sys.setprofile in a copy of the installed commit, C by -finstrument-functions. Another
-start goes before the one that counts, so that imports and first-time work are left out.
+Python is traced by sys.setprofile in a copy of the installed commit, C by -finstrument-functions. The
+first start does not count, so that imports and first-time work are left out.
 """
 
 import ast

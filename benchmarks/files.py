@@ -1,10 +1,10 @@
-"""Files into a job and out of it, by the command that a person has, `pjw cp`, beside Logs and beside tar.
+"""Copy files into a job and out of it by the user's command, `pjw cp`, and compare it with Logs and tar.
 
-One large file goes at the rate at which `pjw logs` gives as much output of a job. That output is read into
-nowhere, but a copy is written twice: as the input or output of its session, which no crash cuts short, and
-as the file. So it is also beside `cp` that writes it twice. Many small ones are beside `tar | ssh localhost
-tar`, by an sshd of this machine on a port of its own. Where none is installed, they are beside tar into tar
-through a pipe, which has no network and no encryption: the row says which. All are timed in turns.
+The reference of one large file is `pjw logs` of as much output. That output is discarded, but a copy is
+written twice: as the input or output of its session, which no crash cuts short, and as the file. So another
+reference is `cp` that writes it twice. The reference of many small files is `tar | ssh localhost tar`, by an
+sshd of this machine on a private port, or, without an sshd, tar into tar through a pipe, which has no network
+and no encryption: the row names it. We time all in turns.
 """
 
 import shutil
@@ -42,14 +42,14 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def _timed(service: Service, command: Sequence[str]) -> float:
-    """Return the seconds that a command takes; raises where it fails."""
+    """Return the seconds that a command takes; raises if it fails."""
     began = time.perf_counter()
     subprocess.run(command, env=service.environment(), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def _large(service: Service, directory: Path, size: int, rounds: int) -> list[Figure]:
-    """One file there and back, and as much output of a job that has ended."""
+    """Copy one file there and back, and read as much output of an ended job."""
     source, back = directory / "large", directory / "back"
     with source.open("wb") as file:
         for _ in range(size // MIB):
@@ -89,7 +89,7 @@ def _large(service: Service, directory: Path, size: int, rounds: int) -> list[Fi
 
 
 def _small(service: Service, directory: Path, rounds: int) -> list[Figure]:
-    """Many files there and back, with a job's start, and through ssh or a pipe."""
+    """Copy many files there and back, with a job's start, and through ssh or a pipe."""
     tree = directory / "small"
     for number in range(SMALL_COUNT):
         below = tree / f"d{number // PER_DIRECTORY}"

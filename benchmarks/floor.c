@@ -6,7 +6,7 @@
  * For each byte on stdin one run, and a line with the nanoseconds until the exec, and until the end was known.
  * LETTERS: namespaces (p m n i u c: PID, mount, network, IPC, UTS, cgroup); o: a start is not the exec, but the
  * first byte that the command writes to its stdout; - for none. CGROUP: the path of a directory that each run makes,
- * limits by writing VALUE into its FILE, enters before the exec, and removes before its end is told.
+ * limits by writing VALUE into its FILE, enters before the exec, and removes before we print its end.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -102,7 +102,7 @@ static void run(uint64_t flags, int told, char **cgroups, char **argv) {
         err(1, "pipe2");
     int64_t began = now_ns();
     int cgroup = make_cgroups(cgroups);
-    /* CLONE_VFORK: we go on when the command has been executed. Without CLONE_VM the child has a stack of its own. */
+    /* CLONE_VFORK: we go on when the command has been executed. Without CLONE_VM the child has its own stack. */
     struct clone_args args = {.flags = flags | CLONE_VFORK, .exit_signal = SIGCHLD};
     if (cgroup >= 0) {
         args.flags |= CLONE_INTO_CGROUP;

@@ -1,6 +1,6 @@
-"""Runs floor.c, which starts a command again and again and times it: the kernel's floor, and the peers.
+"""Run floor.c, which starts a command again and again and times it: the kernel's floor, and the peers.
 
-One C program times all that is no service, so that none of them has Python's own cost in its numbers.
+One C program times everything but services, so that no figure includes Python's own cost.
 """
 
 import os
@@ -15,11 +15,11 @@ from typing import Final, NamedTuple, Self
 from tests.support.service import wait_for
 
 SOURCE: Final = Path(__file__).with_name("floor.c")
-# What a job gets: every namespace but that of users.
+# The namespaces of a job: all but that of users.
 NAMESPACES: Final = "pmniuc"
 # All but that of the network, which takes the kernel longer than the others together.
 WITHOUT_NET: Final = NAMESPACES.replace("n", "")
-# Instead of letters for namespaces: a start is the first byte that the command writes.
+# Instead of letters for namespaces: a start ends with the first byte that the command writes.
 TOLD: Final = "o"
 # The limits of a job by their files, in the order in which they can be written (memsw is never below memory).
 _LIMIT_FILES: Final = (
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class Floor:
-    """A process that starts *command* each time it is told to. Closes with the context."""
+    """A process that starts *command* on each request. Closes with the context."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Floor:
         return self._process.pid
 
     def ask(self, count: int) -> None:
-        """Have it begin *count* runs, one after the other; at most as many as a pipe holds bytes."""
+        """Have it begin *count* runs, one after the other; at most one for each byte that a pipe holds."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"." * count)
 
@@ -111,14 +111,14 @@ class Floor:
 
 
 def _removed(cgroup: str) -> bool:
-    # the last command may not have ended yet
+    # perhaps the last command has not ended yet
     with suppress(OSError):
         os.rmdir(cgroup)
     return not os.path.isdir(cgroup)
 
 
 def run_all(floors: Sequence[Floor], count: int) -> float:
-    """Have all of them run at the same time, *count* runs each; the seconds until the last one ended."""
+    """Have all floors run at once, *count* runs each; return the seconds until the last one ended."""
     began = time.perf_counter()
     for floor in floors:
         floor.ask(count)
@@ -129,7 +129,7 @@ def run_all(floors: Sequence[Floor], count: int) -> float:
 
 
 def cgroups_like(job: Iterable[Path], name: str) -> list[str]:
-    """Words for floor.c: cgroups with the limits of a running job's, called *name*, beside its instance's."""
+    """Return words for floor.c: cgroups *name* with a running job's limits, next to its instance's."""
     words = []
     for directory in job:
         words.append(str(directory.parent.parent / name))

@@ -1,8 +1,8 @@
-"""Followers in a process of their own, each over a connection of its own, as those of real clients are.
+"""Followers in a separate process, each over its own connection, as those of real clients are.
 
     python -m benchmarks.followers ADDRESS CERTS COUNT
 
-It says "ready" when all are connected; then it answers each line of stdin, an order as JSON, with a line.
+It prints "ready" when all are connected; then it answers each line of stdin, an order as JSON, with a line.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     Call = grpc.aio.UnaryStreamCall[Any, Any]
 
 METHOD: Final = "/pjw.v1.JobWorkerService/"
-# The timeout of a handshake is not for all of them at once.
+# so that no handshake reaches its timeout behind the others
 HANDSHAKES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What all followers, or those from *first* on up to *last*, do at once."""
+    """An order for all followers, or for those from *first* up to *last*."""
 
-    # stream: to the end; hold: until *size* bytes, and then read nothing; lines: to the end, when each came
+    # stream: to the end; hold: until *size* bytes, and then read nothing; lines: to the end, with times
     verb: str
     job_id: int = 0
     offset: int = 0
-    # how much there must be from the offset on
+    # the number of bytes that must come from the offset on
     size: int = 0
-    # where there is one, it is started first, and followed in place of the job
+    # a command that is started first, and followed instead of the job
     command: str = ""
     first: int = 0
     last: int | None = None
@@ -50,7 +50,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """How long it took from the first call until the last end, and the processor time of both processes."""
+    """The seconds from the first call to the last end, and the processor time of both processes."""
 
     seconds: float
     server_cpu: float
@@ -66,20 +66,20 @@ class Followers:
         self._server_pid: Final = server_pid
 
     def stream(self, job_id: int = 0, offset: int = 0, size: int = 0, command: str = "") -> Streamed:
-        """Have all of them follow from an offset to the end; raises unless each gets *size* bytes."""
+        """Have all follow from an offset to the end; raises unless each gets *size* bytes."""
         before = cpu_seconds(self._server_pid), cpu_seconds(self._process.pid)
         answer = self._ask(Order("stream", job_id, offset, size, command))
         after = cpu_seconds(self._server_pid), cpu_seconds(self._process.pid)
         return Streamed(answer["seconds"], after[0] - before[0], after[1] - before[1], answer["job_id"])
 
     def hold(self, job_id: int, size: int = 0, *, first: int = 0, last: int | None = None) -> None:
-        """Have some of them follow, take *size* bytes and then nothing more, until the process ends."""
+        """Have some follow, read *size* bytes and then nothing more, until the process ends."""
         self._ask(Order("hold", job_id, 0, size, first=first, last=last))
 
     def lines(self, job_id: int, offset: int = 0) -> tuple[list[list[int]], float]:
-        """Have all of them follow a job that writes stamps.
+        """Have all follow a job that writes stamps.
 
-        For each, how late each line came, in ns; and the server's processor time for all of it, in seconds.
+        Return the delay of each line for each, in ns, and the server's processor time for all, in seconds.
         """
         before = cpu_seconds(self._server_pid)
         late: list[list[int]] = self._ask(Order("lines", job_id, offset))["late"]
@@ -99,7 +99,7 @@ class Followers:
 
 @contextmanager
 def running(address: str, server_pid: int, certs: Path, count: int) -> Iterator[Followers]:
-    """So many followers, connected."""
+    """Give *count* connected followers."""
     command = [sys.executable, "-m", "benchmarks.followers", address, str(certs), str(count)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -112,7 +112,7 @@ def running(address: str, server_pid: int, certs: Path, count: int) -> Iterator[
 
 
 def data_bytes(message: bytes) -> int:
-    """How much output a serialized LogsResponse holds; to take it out would be another copy."""
+    """Return the bytes of output in a serialized LogsResponse; decoding it would be another copy."""
     size, shift = 0, 0
     assert message[0] == 0x0A, message[:1]
     for at in range(1, 6):
@@ -179,7 +179,7 @@ class _Process:
         async for message in call:
             received = time.monotonic_ns()
             data = pb.LogsResponse.FromString(message).data
-            # what was written before it came is no measure
+            # lines from before the follower came are no measure
             late += [ns for written, ns in stamps(data, received) if written > joined]
         return late
 

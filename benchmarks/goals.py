@@ -1,11 +1,11 @@
-"""What a start, a stop, a Get and a running job may cost, beside the kernel, peers and earlier commits.
+"""Bounds for a start, a stop, a Get and a running job, compared with the kernel, peers and earlier commits.
 
-    make bench SUITES=goals                                     # beside COMMITS
-    make bench SUITES=goals BENCH_ARGS="--against v0.1 --quick" # beside that commit, with few samples
+    make bench SUITES=goals                                     # against COMMITS
+    make bench SUITES=goals BENCH_ARGS="--against v0.1 --quick" # against that commit, with few samples
     make bench SUITES=goals BENCH_ARGS=--document               # and into docs/performance.md
 
-Each goal is one ratio. Some are to what is measured in the same turn (the kernel's floor, bwrap, a call that
-does nothing); the others are to the commit that is named first. All of them run in turns, in their default
+Each goal is one ratio. Some are to figures of the same turn (the kernel's floor, bwrap, a call that does
+nothing); the others are to the commit that is named first. All of them run in turns, in their default
 configuration, with the same clients and libraries.
 """
 
@@ -28,10 +28,10 @@ from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests.support.service import CALL_SECONDS, Service
 
 SUITE: Final = "goals"
-# The one that costs are ratios to, and the one before the work on them.
+# The reference for the costs, and the commit before the work on them.
 COMMITS: Final = ("0f66bf0", "569c0ad")
 CLIENTS: Final = 8
-# a shell, and below it children, one of them in a session of its own
+# a shell, and below it children, one of them in its own session
 TREE: Final = "sleep 1000 & setsid sleep 1000 & (sleep 1000 & sleep 1000) & echo ready; wait"
 FEW: Final = 10
 
@@ -41,10 +41,10 @@ class Goal:
     """A bound for one ratio."""
 
     name: str
-    # the key of the figure that it is about
+    # the key of its figure
     key: str
     bound: float
-    # the reference is the same figure of the first commit, and not what the figure has beside it
+    # the reference is the same figure of the first commit, and not the figure's own reference
     to_commit: bool = True
     more_is_better: bool = False
 
@@ -70,14 +70,14 @@ GOALS: Final = (
     Goal(STOP, f"{SUITE}: {STOP}", 6 / 13),
     Goal(MANY, f"{SUITE}: {MANY} / beside {FEW}", 1.3, to_commit=False),
 )
-# of them, where the machine can have so many
+# of them, if the machine can have this number
 LEVELS: Final = (5000, 1000, 300)
 QUICK_LEVELS: Final = (300,)
 
 
 def lives(*, quick: bool) -> list[Figure]:
-    """All but the start beside many jobs."""
-    # of a pjwd of its own: what it keeps of all that follows is no running job's
+    """Measure all goals but the start with many jobs."""
+    # on a separate pjwd: memory that it keeps of the later work belongs to no running job
     with pjwd.running() as service:
         memory = _memory(service, 100 if quick else 500)
     with ExitStack() as stack:
@@ -93,14 +93,14 @@ def lives(*, quick: bool) -> list[Figure]:
 
 
 def crowd(many: int) -> list[Figure]:
-    """Measure a start beside *many* jobs. The last suite: the machine is slower after it, until it boots."""
+    """Measure a start with *many* jobs. It comes last: the machine is slower after it, until it boots."""
     with pjwd.running() as service, service.stub() as stub:
         jobs = scale.start_many(stub, FEW)
         [few] = scale.start_times(stub)
         jobs += scale.start_many(stub, many - FEW)
         [beside_many] = scale.start_times(stub)
         scale.stop_many(stub, jobs[FEW:])
-        # once more, so that what the machine did meanwhile is in both
+        # once more, so that the machine's other work is in both
         few += scale.start_times(stub)[0]
         scale.stop_many(stub, jobs[:FEW])
     return [Figure(SUITE, MANY, median(beside_many) * 1e3, "ms", f"beside {FEW}", median(few) * 1e3)]
@@ -108,7 +108,7 @@ def crowd(many: int) -> list[Figure]:
 
 def _memory(service: Service, count: int) -> list[Figure]:
     with service.stub() as stub:
-        # what a server keeps of its first calls is no job's
+        # memory that a server keeps of its first calls belongs to no job
         scale.stop_many(stub, scale.start_many(stub, scale.WARM_UP))
         rest = scale.at_rest(service)
         before = Memory.now(rest)
@@ -150,14 +150,14 @@ def _stop_once(stub: JobWorkerServiceStub) -> float:
     return seconds
 
 
-# --- beside earlier commits
+# --- against earlier commits
 
 
 def compare(commits: Mapping[str, Path], *, quick: bool) -> tuple[str, int]:
-    """Measure this tree and these commits in turns: two tables, and how many goals are not met."""
+    """Measure this tree and these commits in turns; return two tables, and the number of missed goals."""
     many = next(filter(scale.fits, QUICK_LEVELS if quick else LEVELS))
     found = against.measure(lambda: lives(quick=quick), commits)
-    # Of this tree alone: it takes minutes, starts are dearer for all that come later, and an earlier commit
+    # Of this tree alone: it takes minutes, all later starts cost more, and an earlier commit
     # refused its 1,045th start for want of descriptors.
     found[OURS] |= against.measure(lambda: crowd(many), {}, turns=1)[OURS]
     text, missed = table(found, list(commits))
@@ -165,14 +165,14 @@ def compare(commits: Mapping[str, Path], *, quick: bool) -> tuple[str, int]:
 
 
 def table(found: Found, commits: Sequence[str]) -> tuple[str, int]:
-    """Each goal beside what was found, and how many are not met; some are to the first of *commits*."""
+    """Return the table of goals and the number of missed ones; some are to the first of *commits*."""
     rows = [_row(goal, found, commits) for goal in GOALS]
     head = ["what", OURS, *commits, "beside", "ratio", "goal", ""]
     return markdown([head, *rows]), sum(row[-1] != "met" for row in rows)
 
 
 def _row(goal: Goal, found: Found, commits: Sequence[str]) -> list[str]:
-    """Judge a goal: of each pjwd the value, with its ratio, and whether this tree's is good enough."""
+    """Judge a goal: the value of each pjwd, with its ratio, and whether this tree's is good enough."""
     ratios = {name: _ratio(goal, found, name, commits[0]) for name in found}
     one = found[OURS].get(goal.key, [None])[0]
     if one is None or (ratio := ratios[OURS]) is None:
@@ -212,7 +212,7 @@ def _bound(goal: Goal) -> str:
 
 
 def parts(found: Found) -> str:
-    """Whose the processor time of a life is, in a column for each pjwd."""
+    """Return the processor time of a life by process, in a column for each pjwd."""
     start = f"start: {CPU}: "
     keys = [key for key in found[OURS] if key.startswith(start)]
     rows = [

@@ -1,12 +1,12 @@
-"""A bare grpc.aio server that streams from memory: what grpcio itself takes to send what pjwd sends.
+"""A bare grpc.aio server that streams from memory: the cost of grpcio itself for the messages of pjwd.
 
     python -m benchmarks.grpc_source CERTS SIZE
 
-It has pjwd's TLS and server options, its method and its messages, but sends them ready-made: nothing is read,
-built or serialized, and nobody asks who calls. LogsRequest.id 0 is followed like a silent job: for ever. A
-negative id is one that writes lines: as many as the request's offset says, to all who follow that id.
-Get answers with a job of that id and nothing more: what a call takes that does nothing. WriteInput answers
-each message at once and writes nothing: what a message takes on a stream that is open.
+It has pjwd's TLS and server options, its method and its messages, but sends them ready-made: it reads, builds
+and serializes nothing, and does not check the caller. LogsRequest.id 0 is like a silent job, without an end.
+A negative id writes lines, as many as the request's offset, to all its followers. Get answers with a job of
+that id and nothing more: the cost of a call that does nothing. WriteInput answers each message at once and
+writes nothing: the cost of a message on an open stream.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pjw.certs.tls import require_tls13_environment
 
 if __name__ == "__main__":
-    # what it sets has to be there before grpc is imported
+    # its settings must be there before grpc is imported
     require_tls13_environment()
 
 import grpc
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 MESSAGE_BYTES: Final = 256 * 1024
-# so many different messages are larger than any cache of the processor, as a file is
+# together these messages are larger than any cache of the processor, as a file is
 MESSAGES: Final = 256
-# so long it takes all followers of lines to come, and so long a pause is before each line
+# the time in which all followers of lines come, and the pause before each line
 LINES_DELAY_SECONDS: Final = 6.0
 LINE_PAUSE_SECONDS: Final = 0.4
 
 
 @contextmanager
 def running(certs: Path, size: int) -> Iterator[tuple[str, int]]:
-    """Give the server as a process of its own; its address and its pid."""
+    """Run the server as a separate process; give its address and its pid."""
     command = [sys.executable, "-m", "benchmarks.grpc_source", str(certs), str(size)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -63,7 +63,7 @@ def _message(number: int) -> bytes:
 
 
 class _Lines:
-    """What a job would write, as messages, to all who follow it."""
+    """Serves the output of a job, as messages, to all its followers."""
 
     def __init__(self, count: int) -> None:
         self._count: Final = count
@@ -81,7 +81,7 @@ class _Lines:
             written.set()
 
     async def follow(self, context: "Context") -> None:
-        """Send each of them."""
+        """Send each line."""
         for number in range(self._count):
             while len(self._messages) <= number:
                 await self._written.wait()

@@ -1,4 +1,4 @@
-"""How start-up, get and list take to a long history: from 1,000 to 1,000,000 ended jobs in the table."""
+"""Measure start-up, get and list with a long history: 1,000 to 1,000,000 ended jobs in the table."""
 
 import asyncio
 import math
@@ -27,15 +27,15 @@ LIVES: Final = 40
 COLUMNS: Final = (
     "client_name, command, limits, start_ns, state, end_ns, exit_code, reason, usage, output_bytes"
 )
-# with bounds that are nearly reached, so that pruning has to look
+# with bounds that are nearly reached, so that pruning must look
 SETTINGS: Final = WorkerSettings(retention=Retention(10**9, 10**6, 10**15, 10**7, 10**16))
 
-# For each length of history, what one call took, in seconds.
+# For each length of history the seconds of one call.
 Times = dict[int, list[float]]
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """Every length in turns, each in a state directory of its own."""
+    """Measure every length in turns, each in its own state directory."""
     return asyncio.run(_run(QUICK_COUNTS if quick else COUNTS, REPEATS // 4 if quick else REPEATS))
 
 
@@ -65,7 +65,7 @@ def _figures(name: str, times: Times) -> list[Figure]:
     (first, least), *longer = ((count, median(taken) * 1e6) for count, taken in times.items())
     figures = [Figure("history", f"{name}, {first:,} ended jobs", least, "us")]
     for count, value in longer:
-        # no more than a search in a sorted table has steps
+        # no more than the steps of a search in a sorted table
         goal = math.log(count) / math.log(first)
         label = f"{name}, {count:,} ended jobs"
         figures.append(Figure("history", label, value, "us", f"{first:,}", least, round(goal, 2)))
@@ -112,7 +112,7 @@ async def _list_last(worker: Worker, count: int) -> None:
 
 
 async def _whole_life(worker: Worker, count: int) -> None:
-    """Start a job and wait for its end: a row inserted, updated, and a look at what may be pruned."""
+    """Start a job and wait for its end: a row inserted and updated, and a look for jobs to prune."""
     job = await worker.wait((await worker.start(JobSpec(["true"]), CLIENT)).id)
     assert job.exit_status is not None
     assert job.exit_status.code == 0
@@ -125,7 +125,7 @@ async def _make(state: Path, count: int) -> None:
 
 
 def _fill(state: Path, count: int) -> None:
-    """Copy the one job that is there until there are *count*, of CLIENTS clients."""
+    """Copy the only job until there are *count*, of CLIENTS clients."""
     with sqlite3.connect(state / "jobs.sqlite") as db:
         (row,) = db.execute(f"SELECT {COLUMNS} FROM jobs").fetchall()  # noqa: S608
         db.execute("DELETE FROM jobs")

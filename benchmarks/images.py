@@ -1,10 +1,10 @@
-"""A start with an image beside one without: the same program, by the same client, in turns.
+"""Compare a start with an image and one without: the same program, by the same client, in turns.
 
 A job with an image has one more mount, an overlay, and its end removes what that overlay held. In each turn
 the waiting inits were made for that turn's kind of job, as for a client that starts one job after the other.
-A turn of `crun run` in an overlay goes between (overlaid.py). crun is a local program, which nobody asks over
-the network. So beside it counts what does the same for a job: pjw's launcher, its spawner, init and the
-command, and not the server with its TLS, its table and its answers. Then the memory of many jobs that sleep.
+A turn of `crun run` in an overlay goes between (overlaid.py). crun is a local program without a network. So
+we compare it with the parts of pjw that do the same for a job: launcher, spawner, init and the command, and
+not the server with its TLS, its table and its answers. At the end comes the memory of many sleeping jobs.
 """
 
 import time
@@ -25,7 +25,7 @@ GOAL: Final = 1.5
 CRUN_GOAL: Final = 0.6
 PLAIN: Final = pb.StartRequest(argv=pb.Argv(arguments=["/bin/true"]))
 IN_IMAGE: Final = pb.StartRequest(argv=pb.Argv(arguments=["/bin/true"]), image="small")
-# of each turn, until the guesses are right
+# of each turn, until the launcher's guesses are right
 _UNTIMED: Final = 8
 
 
@@ -56,7 +56,7 @@ def run(*, quick: bool) -> list[Figure]:
                 if crun is not None:
                     cpu["crun"].append(crun.seconds(count) / count)
         figures = _figures(times, cpu)
-        # the last: many jobs make what comes after them dearer
+        # the last: after many jobs everything costs more
         return figures + _memory(service, stub, 50 if quick else 500)
 
 
@@ -85,7 +85,7 @@ def _memory(service: Service, stub: JobWorkerServiceStub, count: int) -> list[Fi
     found: dict[str, float] = {}
     for image in ("", "small"):
         request = pb.StartRequest(argv=pb.Argv(arguments=["/bin/sleep", "3600"]), image=image)
-        # the first ones bring what all share
+        # the first ones bring the shared memory
         first = [stub.Start(request).job.id for _ in range(_UNTIMED)]
         rest, before = scale.undisturbed(lambda: _all_of(service))
         jobs = [stub.Start(request).job.id for _ in range(count)]
@@ -98,7 +98,7 @@ def _memory(service: Service, stub: JobWorkerServiceStub, count: int) -> list[Fi
 
 
 def _all_of(service: Service, expected: int = 0) -> tuple[int, Memory]:
-    """How many processes a pjwd and its jobs are, and their memory."""
+    """Return the number of processes of a pjwd and its jobs, and their memory."""
     pids = scale.at_rest(service)
     if expected:
         wait_for(lambda: len(with_descendants([service.pid])) == expected)
@@ -107,7 +107,7 @@ def _all_of(service: Service, expected: int = 0) -> tuple[int, Memory]:
 
 
 def _lives(stub: JobWorkerServiceStub, request: pb.StartRequest, count: int) -> list[float]:
-    """So many lives one after the other; how long each start took."""
+    """Run *count* lives, one after the other; return the seconds of each start."""
     found = []
     for _ in range(count):
         began = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Compares an installation of the client alone with one of all: disk space, packages, time of commands.
+"""Compare an installation of the client alone with a whole one: disk space, packages, time of commands.
 
-pip makes both anew, from the wheels of this tree and the locked libraries, which it fetches or has cached.
+pip makes both from the wheels of this tree and the locked libraries, which it fetches or has cached.
 """
 
 import os
@@ -23,13 +23,13 @@ ROOT: Final = Path(__file__).parents[1]
 ROUNDS: Final = 40
 QUICK_ROUNDS: Final = 10
 COMMANDS: Final = ("--help", "list")
-# the name of each: its locked libraries, and the wheels of ours that it has
+# the name of each: its locked libraries, and our wheels in it
 KINDS: Final = {"pjw-client": ("client", ["pjw_client"]), "pjw": ("run", ["pjw", "pjw_client"])}
 
 
 @dataclass(slots=True)
 class Installed:
-    """An installation: where its packages are, its command line, and what that took, in seconds."""
+    """An installation: the place of its packages, its command line, and the seconds of its runs."""
 
     site: Path
     pjw: Path
@@ -37,12 +37,12 @@ class Installed:
 
     @property
     def size(self) -> int:
-        """What its packages take, in bytes, with what pip has compiled."""
+        """The size of its packages in bytes, with the files that pip has compiled."""
         return sum(path.stat().st_size for path in self.site.rglob("*") if path.is_file())
 
     @property
     def packages(self) -> int:
-        """How many pip has installed."""
+        """The number of packages that pip has installed."""
         return sum(1 for _ in metadata.distributions(path=[str(self.site)]))
 
 
@@ -54,7 +54,7 @@ def run(*, quick: bool) -> list[Figure]:
         service.start_job("true")
         said = Path(work) / "stdout"
         environment = service.environment()
-        # the first round warms the cache, and is not counted
+        # the first round warms the cache, and does not count
         for number in range((QUICK_ROUNDS if quick else ROUNDS) + 1):
             for installed in kinds.values():
                 for command, taken in installed.wall.items():
@@ -84,7 +84,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def _build(work: Path) -> Path:
-    """Build the wheels of this tree; where they are."""
+    """Build the wheels of this tree; return their directory."""
     _pip(
         "wheel",
         "--no-index",
@@ -99,7 +99,7 @@ def _build(work: Path) -> Path:
 
 
 def _install(directory: Path, wheels: Path, locked: str, ours: list[str]) -> Installed:
-    """Return an environment with the libraries of `requirements/LOCKED.txt` and wheels of ours."""
+    """Return an environment with the libraries of `requirements/LOCKED.txt` and our wheels."""
     venv.create(directory, symlinks=True)
     python = ("--python", directory / "bin/python", "install")
     _pip(*python, "--require-hashes", "--requirement", f"requirements/{locked}.txt")

@@ -1,7 +1,7 @@
-"""How late a line comes: written by a job, read by a follower; beside a pipe with a reader at its end.
+"""Measure the delay of a line from a job to its follower, and through a pipe to a reader at its end.
 
 The writer puts the time into each line, and the reader looks at the same clock (CLOCK_MONOTONIC: a job has no
-time namespace of its own). It pauses at random, so that it does not beat in time with anybody's timers.
+separate time namespace). The writer pauses at random, so that it does not run in step with other timers.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from benchmarks.report import Figure, Held, median, percentile
 from pjw.v1 import job_worker_pb2 as pb
 from tests.support.service import Service
 
-# arguments: how many lines, the mean pause in seconds, how long to wait for followers first
+# arguments: the number of lines, the mean pause in seconds, the seconds to wait for followers first
 WRITER: Final = """
 import os, random, sys, time
 count, pause, delay = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
@@ -27,17 +27,17 @@ for _ in range(count):
     time.sleep(random.uniform(0.5, 1.5) * pause)
     os.write(1, b"%d\\n" % time.monotonic_ns())
 """
-# what a job finds as well as we do; ours may be where it cannot look
+# an interpreter that jobs can see; ours may be where they cannot look
 PYTHON: Final = "/usr/bin/python3"
 PAUSE_SECONDS: Final = 0.004
 MANY: Final = 1000
-# The processor time of lines is that of so many more of them: to join takes some too.
+# Joining takes processor time too, so that of lines is a difference: many lines less these few.
 FEW_LINES: Final = 2
 FANNED: Final = 900
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """All rows of the suite; the pipe and the job take turns."""
+    """Measure all rows of the suite; the pipe and the job take turns."""
     count, rounds, count_of_many = (100, 3, 4) if quick else (400, 10, 40)
     pipe: list[int] = []
     alone: list[int] = []
@@ -71,7 +71,7 @@ def _figures(who: str, late: list[int], pipe: list[int], goal: float | None = No
     above = (median(late) - median(pipe)) / 1e6
     p99 = percentile(late, 0.99) / 1e6
     bound = "bound" if goal else "1 ms"
-    # only the ratio of the medians is one of two things that were measured, and steady
+    # only the ratio of the medians is that of two measurements, and steady
     return [
         Figure("line", f"{who}, p50 above a pipe", above, "ms", bound, 1, goal, held=Held.NEVER),
         Figure("line", f"{who}, p50", median(late) / 1e6, "ms", "a pipe", median(pipe) / 1e6),
@@ -84,7 +84,7 @@ def _command(count: int, pause: float, delay: float) -> list[str]:
 
 
 def through_pipe(count: int) -> list[int]:
-    """How late each line of a child came, in ns."""
+    """Return the delay of each line of a child, in ns."""
     late: list[int] = []
     with subprocess.Popen(_command(count, PAUSE_SECONDS, 0), stdout=subprocess.PIPE, bufsize=0) as writer:
         assert writer.stdout is not None
@@ -95,7 +95,7 @@ def through_pipe(count: int) -> list[int]:
 
 
 def through_job(service: Service, count: int) -> list[int]:
-    """How late each line of a job came that was written while it was followed, in ns."""
+    """Return the delay of each line that a followed job wrote, in ns."""
     late: list[int] = []
     lines = 0
     with service.stub() as stub:
@@ -111,7 +111,7 @@ def through_job(service: Service, count: int) -> list[int]:
 
 
 def of_many(service: Service, crowd: Followers, count: int) -> list[int]:
-    """How late each line came to each of many followers of one job, in ns."""
+    """Return the delay of each line to each of many followers of one job, in ns."""
     job_id = pjwd.start(service, _command(count, LINE_PAUSE_SECONDS, LINES_DELAY_SECONDS))
     late: list[int] = []
     for one in crowd.lines(job_id)[0]:
@@ -153,7 +153,7 @@ def _cpu_of(crowd: Followers, job_id: int, offset: int, lines: int) -> float:
 
 
 def _checked(late: list[int], lines: int, count: int, code: int) -> list[int]:
-    # those before the follower was there are few: the writer waits for it
+    # lines from before the follower are few: the writer waits for it
     if lines != count or code or len(late) < 0.9 * count or min(late) < 0:
         raise RuntimeError(f"{lines} of {count} lines came, {len(late)} in time, exit code {code}")
     return late

@@ -1,4 +1,4 @@
-"""What was measured on: a figure without it says little."""
+"""Describe the machine and its software: a figure without them says little."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def describe() -> dict[str, str]:
-    """Processor, cores, kernel, cgroup version and the versions of what matters."""
+    """Return processor, cores, kernel, cgroup version and the versions of the important libraries."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "processor": model[1] if model else platform.machine(),

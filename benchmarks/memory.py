@@ -1,4 +1,4 @@
-"""What the server holds in memory: with much output, with many followers, with some of them stalled."""
+"""Measure the server's memory: with much output, with many followers, with some of them stalled."""
 
 import time
 from contextlib import ExitStack
@@ -12,16 +12,16 @@ MIB: Final = 1024**2
 KIB: Final = 1024
 MANY: Final = 1000
 STALLED: Final = 10
-# so much each of them reads first, so that it gets the largest chunks when it stalls
+# each first reads this much, so that it gets the largest chunks when it stalls
 READ_FIRST: Final = 8 * MIB
-# Caches fill and allocators keep what they had, whatever the size of the output.
+# Caches fill and allocators keep their memory, with output of any size.
 HOLDING_BOUND: Final = 2 * MIB
 STREAMING_BOUND: Final = 8 * MIB
 STALLED_BOUND: Final = 1 * MIB
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """All rows of the suite, for a server of its own."""
+    """Measure all rows of the suite, on a separate server."""
     size = (256 if quick else 1024) * MIB
     many = 200 if quick else MANY
     with ExitStack() as stack:
@@ -33,10 +33,10 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 def _output(service: Service, size: int) -> list[Figure]:
-    """Measure output that is written, held and streamed, each beside a sixteenth of it."""
+    """Measure output that is written, held and streamed, each against a sixteenth of it."""
     small, name = size // 16, f"{size // MIB} MiB of output"
     with followers.running(service.address, service.pid, service.certs, 1) as follower:
-        # what imports and caches need is there after this
+        # this loads imports and caches
         follower.stream(pjwd.finished_job(service, f"head -c {small} /dev/zero", small), size=small)
         before = processes.pss_bytes(service.pid)
         job_id = pjwd.finished_job(service, f"head -c {size} /dev/zero", size)
@@ -54,7 +54,7 @@ def _output(service: Service, size: int) -> list[Figure]:
 
 
 def _followers(service: Service, source: str, source_pid: int, many: int) -> list[Figure]:
-    """Followers of a silent job, of pjwd and of gRPC alone; then a few more that stall."""
+    """Measure followers of a silent job, of pjwd and of gRPC alone; then a few more that stall."""
     silent = service.start_job("exec sleep 1000")
     big = pjwd.finished_job(service, f"head -c {64 * MIB} /dev/zero", 64 * MIB)
     idle = many - STALLED
@@ -69,7 +69,7 @@ def _followers(service: Service, source: str, source_pid: int, many: int) -> lis
         ours = stack.enter_context(running)
         ours.hold(silent, last=idle)
         each = (settled(service.pid) - before) / idle
-        # The last are connected but idle so far: what is added is what stalling costs.
+        # The last are connected but idle so far: the growth is the cost of stalling.
         before = settled(service.pid)
         ours.hold(big, READ_FIRST, first=idle)
         stalled = (settled(service.pid) - before) / STALLED
@@ -90,5 +90,5 @@ def settled(pid: int) -> int:
 
 
 def _bounded(name: str, value: float, bound: float) -> Figure:
-    # may be nothing at all, and then any other would be infinitely worse
+    # may be 0, and then any other value would be infinitely worse
     return Figure("memory", name, value / MIB, "MiB", "bound", bound / MIB, 1, held=Held.NEVER)

@@ -1,8 +1,8 @@
-"""`crun run` in a root as engines give it one: an overlay of an image and of a directory of its own.
+"""`crun run` in a root as engines make it: an overlay of an image and of the container's directory.
 
-An engine mounts that overlay, has crun run in it, and removes what the container wrote. A program of its own
-does so here, one life after the other, and counts the processor time of all its children, and its own for the
-two mounts; what else an engine does is left out.
+An engine mounts that overlay, has crun run in it, and removes the container's files. A separate program does
+so here, one life after the other. It counts the processor time of all its children, and its own for the two
+mounts; it leaves the other work of an engine out.
 """
 
 import json
@@ -66,7 +66,7 @@ class Overlaid:
 
 @contextmanager
 def opened(directory: Path, image: Path) -> Iterator[Overlaid | None]:
-    """Give a container of `/bin/true` in an image; None, and why on stderr, where there can be none."""
+    """Give a container of `/bin/true` in an image; None, with the reason on stderr, if that fails."""
     bundle = directory / "overlaid"
     (bundle / "rootfs").mkdir(parents=True)
     config = bundle_config(["/bin/true"], f"{NAME}-overlaid")

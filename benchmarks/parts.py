@@ -1,9 +1,9 @@
-"""A start taken apart: what of it is the call's, the worker's, the launcher's and the kernel's.
+"""Measure the parts of a start: those of the call, the worker, the launcher and the kernel.
 
-In turns: a call that does nothing (to a bare grpc.aio server with pjwd's options), Get and Start of pjwd, the
-same start by the library, which makes no call, of that what the launcher takes from a request to its answer,
-and the kernel's floor. The goals of suite `start` are ratios to the floor. A call and a floor together are
-the least that a service of this kind would take if it did nothing else.
+These run in turns: a call that does nothing (to a bare grpc.aio server with pjwd's options), Get and Start of
+pjwd, the same start by the library, which makes no call, the launcher's part of that start, and the kernel's
+floor. The goals of suite `start` are ratios to the floor. A call and a floor together are the least that a
+service of this kind would take if it did nothing else.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def run(*, quick: bool) -> list[Figure]:
     """Measure all parts in turns."""
     with ExitStack() as stack:
         directory = stack.enter_context(pjwd.directory())
-        # before there is a thread of gRPC in this process: it starts one itself
+        # before this process has threads of gRPC, since the library starts a process
         library = stack.enter_context(_library(directory / "state"))
         floor = stack.enter_context(Floor(build(directory), NAMESPACES, [TRUE]))
         service = stack.enter_context(pjwd.running())
@@ -65,7 +65,7 @@ def run(*, quick: bool) -> list[Figure]:
     times = {name: median(seconds) * 1e3 for name, seconds in found.items()}
     reference = times.pop(FLOOR)
     times[LEAST] = times[NOTHING] + reference
-    # they say where the time goes; what is held to a bound is the whole, in suite `start`
+    # they show the parts; suite `start` has a bound for the whole
     return [
         Figure("parts", name, value, "ms", FLOOR, reference, held=Held.NEVER) for name, value in times.items()
     ]
@@ -89,7 +89,7 @@ def nothing(service: Service) -> Iterator[JobWorkerServiceStub]:
 
 
 class _Library:
-    """A worker in this process, and what its launches took, in seconds."""
+    """A worker in this process, and the seconds of its launches."""
 
     def __init__(self, runner: asyncio.Runner, worker: Worker) -> None:
         self._runner: Final = runner

@@ -1,12 +1,12 @@
-"""Other programs that start a command in namespaces of its own, as a person would call them.
+"""Other programs that start a command in its own namespaces, called as by a user.
 
-Each is a command line that is timed as a whole process by floor.c, in the same way as the floor itself. What
-cannot be seen from outside is when it executes the command; so for a start the command is told.c, static,
-which writes a byte to its stdout as the first thing it does, and the peer's start is the time until that byte
-is there: 0.05 to 0.3 ms after the exec. A whole life is that of `true`.
+Each is a command line that is timed as a whole process by floor.c, in the same way as the floor itself. From
+outside nobody sees when it executes the command. So for a start we have it execute told.c, a static program
+that first writes a byte to its stdout. The peer's start is the time until that byte is there: 0.05 to 0.3 ms
+after the exec. A whole life is that of `true`.
 
-What they are asked for is less than a job of pjw has (no limits and no user of its own with bwrap and
-unshare, a seccomp filter and a scratch directory with none), so they have the easier task.
+They give a command less than a job of pjw has (bwrap and unshare neither limits nor a separate user, none of
+them a seccomp filter and a scratch directory), so they have the easier task.
 """
 
 import json
@@ -27,11 +27,11 @@ from pjw.model import Limits
 NAME: Final = f"pjw-bench-{os.getpid()}"
 BWRAP: Final = "bwrap --unshare-all"
 NSPAWN: Final = "systemd-nspawn"
-# Debian's crun refuses a host with cgroup v1 that has v2 mounted beside it, so it gets a view without that.
+# Debian's crun refuses a host with cgroup v1 that has v2 mounted too, so it gets a view without that.
 _UNIFIED: Final = "/sys/fs/cgroup/unified"
 _WITHOUT_UNIFIED: Final = ["unshare", "--mount", "sh", "-c", f'umount {_UNIFIED} && exec "$@"', "sh"]
 
-# systemd's tools say at each run what they do not clean up here
+# at each run systemd's tools print messages about cleaning up
 QUIET: Final = MappingProxyType({"SYSTEMD_LOG_LEVEL": "crit"})
 _PROPAGATED: Final = Path("/run/systemd/nspawn/propagate", NAME)
 
@@ -47,13 +47,13 @@ class Peer:
     whole: Floor
 
     def run(self) -> Run:
-        """Until the command was there, and until `true` and the peer had ended, of two runs."""
+        """Return the seconds until the command ran, and, of another run, until `true` and the peer ended."""
         return Run(self.telling.run().start, self.whole.run().end)
 
 
 @contextmanager
 def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator[list[Peer]]:
-    """Every peer that can be had here, or *only* those; one that cannot is named on stderr."""
+    """Give every available peer, or *only* those; stderr names each missing one."""
     with ExitStack() as stack:
         runtimes = {f"{tool} run": stack.enter_context(_oci(tool, directory)) for tool in ("crun", "runc")}
         stack.callback(_forget_nspawn)
@@ -83,7 +83,7 @@ def open_peers(directory: Path, floor: Path, told: Path, *only: str) -> Iterator
 
 @contextmanager
 def open_exec(directory: Path, floor: Path, command: str) -> Iterator[Floor | None]:
-    """`crun exec` of a command in a container that runs; None, and why on stderr, where it cannot be had."""
+    """Give `crun exec` of a command in a running container; None, with the reason on stderr, without it."""
     name, bundle = f"{NAME}-exec", directory / "crun-exec"
     crun = [*within("crun"), "crun", "--root", str(directory / "crun-exec-state")]
     with ExitStack() as stack:
@@ -103,7 +103,7 @@ def open_exec(directory: Path, floor: Path, command: str) -> Iterator[Floor | No
 
 
 def why_not(command: Sequence[str]) -> str | None:
-    """Why a peer that is installed cannot run here, in its own words; None when it can."""
+    """Return a peer's own error message if it cannot run here; None if it can."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode == 0:
         return None
@@ -122,14 +122,14 @@ def _why_not_detached(command: Sequence[str], directory: Path) -> str | None:
 
 
 def why_missing(tool: str) -> str | None:
-    """Why a peer is not installed here; None when it is."""
+    """Return why a peer is not installed here; None if it is."""
     if tool == "systemd-run" and not os.path.isdir("/run/systemd/system"):
         return "systemd is not PID 1 here"
     return None if shutil.which(tool) else "it is not installed"
 
 
 def within(tool: str) -> Sequence[str]:
-    """Return the words that a peer has to be run with here."""
+    """Return the words to run a peer with here."""
     return _WITHOUT_UNIFIED if tool == "crun" and os.path.ismount(_UNIFIED) else ()
 
 
@@ -175,13 +175,13 @@ def _write_bundle(bundle: Path, command: str, name: str, *arguments: str) -> Non
 
 
 def _write_root(rootfs: Path, command: str) -> str:
-    """Make a root for a command, with a place for each mount; the command's path in it."""
+    """Make a root for a command, with a place for each mount; return the command's path in it."""
     for place in ("usr", "proc", "dev", "tmp", "bench"):
         (rootfs / place).mkdir(parents=True)
     for link in ("bin", "lib", "lib64"):
         if os.path.islink(f"/{link}"):
             (rootfs / link).symlink_to(f"usr/{link}")
-    # beside true from /usr: what the benchmark has built
+    # besides true from /usr: the programs that the benchmark has built
     inside = command if command.startswith(("/usr/", "/bin/")) else f"/bench/{Path(command).name}"
     if inside != command:
         shutil.copy(command, rootfs / "bench")
@@ -189,10 +189,10 @@ def _write_root(rootfs: Path, command: str) -> str:
 
 
 def _nspawn(directory: Path, command: str) -> list[str]:
-    """systemd-nspawn without the bus of systemd, with a root for the command."""
+    """Give systemd-nspawn without the bus of systemd, with a root for the command."""
     root = directory / f"{NSPAWN}-{Path(command).name}"
     inside = _write_root(root, command)
-    # where it mounts something, and could not make a directory in what is only read
+    # places of its mounts, since it cannot make a directory in a read-only root
     for place in ("run", "sys", "etc", "var", "root"):
         (root / place).mkdir()
     return [

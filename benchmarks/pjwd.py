@@ -1,4 +1,4 @@
-"""A real pjwd for a benchmark: installed, with its defaults, but no limit on what a client may ask for."""
+"""A real pjwd for a benchmark: installed, with its defaults, but without limits for clients."""
 
 import shutil
 import subprocess
@@ -16,9 +16,9 @@ from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 from tests.support.service import BIN, CALL_SECONDS, Service, end_all, wait_for
 from tests.support.worker_harness import UIDS, uid_range
 
-# where a service would have its state: on a disk, from which programs can be executed; /tmp may be neither
+# the usual place of a service's state: on a disk with executable files; /tmp may be neither
 DIRECTORY: Final = "/var/lib"
-# what would bound the benchmark itself; and users that nobody else on the machine has
+# keys that would bound the benchmark itself; and users that no other program on the machine has
 CONFIG: Final = """
 [clients]
 starts_per_second = 0
@@ -32,7 +32,7 @@ running_total_max = 0
 uid_first = {uid_first}
 uid_count = {uid_count}
 {port}"""
-# Bounds that an early commit has not: it would refuse these keys.
+# Bounds that an early commit lacks: it would refuse these keys.
 CALLS: Final = "calls_per_second = 0\nconnections_max = 0"
 PORT: Final = """
 [port]
@@ -116,14 +116,14 @@ def running(clients: Sequence[str] = ("alice",), more: str = "") -> Iterator[Ser
 
 
 def start(service: Service, arguments: Sequence[str]) -> int:
-    """Start a job by its argv; its id."""
+    """Start a job by its argv; return its id."""
     with service.stub() as stub:
         request = pb.StartRequest(argv=pb.Argv(arguments=arguments))
         return stub.Start(request, timeout=CALL_SECONDS).job.id
 
 
 def finished_job(service: Service, command: str, size: int) -> int:
-    """Run a job to its end; its id. Raises when it failed, or has not written *size* bytes."""
+    """Run a job to its end; return its id. Raises when it failed, or has not written *size* bytes."""
     job_id = service.start_job(command)
     wait_for(lambda: service.job(job_id).HasField("end"), CALL_SECONDS)
     job = service.job(job_id)
@@ -133,7 +133,7 @@ def finished_job(service: Service, command: str, size: int) -> int:
 
 
 def stop(stub: JobWorkerServiceStub, job_id: int) -> pb.Job:
-    """Kill a job; what it is then. Calls for many at once may take long."""
+    """Kill a job; return it after its end. Calls for many at once may take long."""
     return stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=5 * CALL_SECONDS).job
 
 
@@ -144,7 +144,7 @@ def delete(service: Service, job_id: int) -> None:
 
 
 def jobs(stub: JobWorkerServiceStub, after: int = 0) -> Iterator[pb.Job]:
-    """Every job with an id above *after*, page by page."""
+    """Yield every job with an id above *after*, page by page."""
     token = str(after) if after else ""
     while True:
         page = stub.List(pb.ListRequest(page_token=token), timeout=CALL_SECONDS)

@@ -1,4 +1,4 @@
-"""Draws what a run of the suite found: `python -m benchmarks.plots [FIGURES [DIRECTORY]]`.
+"""Draw the figures of a run: `python -m benchmarks.plots [FIGURES [DIRECTORY]]`.
 
 Needs matplotlib (`scripts/install bench`). The same figures give the same bytes: no dates, no random names.
 """
@@ -20,7 +20,7 @@ from benchmarks.report import Figure, Report, quantity
 
 FIGURES: Final = "build/bench/figures.json"
 DIRECTORY: Final = "docs/performance"
-# Read on white and on GitHub's dark page alike; there is no background.
+# Readable on white and on GitHub's dark page alike; there is no background.
 INK: Final = "#808890"
 COLOURS: Final = ("#2f81f7", "#e0823d", "#3fa45b", "#b35ed1", "#d1495b")
 OURS, THEIRS = COLOURS[0], "#9aa4ae"
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def draw_all(figures: Iterable[Figure], directory: Path) -> list[Path]:
-    """Write the plots into a directory; which were written."""
+    """Write the plots into a directory; return the written ones."""
     figures, written = list(figures), []
     directory.mkdir(parents=True, exist_ok=True)
     mpl.use("svg")
@@ -83,7 +83,7 @@ def _stream(figures: list[Figure]) -> Drawing | None:
 
 
 def _bars(figures: list[Figure], suite: str, unit: str, label: str) -> Drawing | None:
-    """For each thing that was measured: pjw, and below it each that was measured in turns with it."""
+    """Draw for each measurement pjw, and below it each contestant of the same turns."""
     groups: dict[str, dict[str, float]] = {}
     for figure in figures:
         if figure.suite == suite and figure.unit == unit:

@@ -1,4 +1,4 @@
-"""What processes use and hold, and what the kernel holds for them, by its own count."""
+"""Read the time and memory of processes, and the memory that the kernel holds for them, by its own count."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Self
 
 KIB: Final = 1024
-# What the kernel holds for a process and its namespaces; it is in no process's PSS.
+# The kernel's memory for a process and its namespaces, which is in no process's PSS.
 KERNEL_FIELDS: Final = ("Slab", "KernelStack", "PageTables", "Percpu")
 
 
@@ -25,14 +25,14 @@ def cpu_seconds(*pids: int) -> float:
     seconds = 0.0
     for pid in pids:
         seconds += own_cpu_seconds(pid)
-        # behind the name, which may hold anything: state is the first, cutime and cstime are 14 and 15
+        # after the name, which may hold any characters: state is the first, cutime and cstime are 14 and 15
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         seconds += sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 
 def pss_bytes(pid: int) -> int:
-    """Memory, with each shared page divided among those who share it."""
+    """Return the memory, with each shared page divided among its processes."""
     return _kib(f"/proc/{pid}/smaps_rollup")["Pss"] * KIB
 
 
@@ -42,7 +42,7 @@ def peak_rss_bytes(pid: int) -> int:
 
 
 def forget_peak(pid: int) -> None:
-    """Begin anew with the peak (proc_pid_clear_refs(5))."""
+    """Reset the peak (proc_pid_clear_refs(5))."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
@@ -74,7 +74,7 @@ def name_of(pid: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is taken, in KiB: by processes (PSS), by the kernel for itself, and of what is available."""
+    """Memory in KiB: that of processes (PSS), that of the kernel, and the loss of available memory."""
 
     processes: float
     kernel: float
@@ -82,7 +82,7 @@ class Memory:
 
     @classmethod
     def now(cls, pids: Sequence[int]) -> Self:
-        """Of these processes, and of the whole machine."""
+        """Return the memory of these processes, and of the whole machine."""
         fields = _kib("/proc/meminfo")
         return cls(
             processes=sum(map(pss_bytes, pids)) / KIB,
@@ -91,7 +91,7 @@ class Memory:
         )
 
     def each(self, before: Self, count: int) -> "Memory":
-        """Return what each of *count* has added since."""
+        """Return the growth since then, divided by *count*."""
         return Memory(
             (self.processes - before.processes) / count,
             (self.kernel - before.kernel) / count,

@@ -1,7 +1,7 @@
-"""The queue beside starts at once: how fast it drains and takes jobs, and how soon another's turn comes.
+"""Compare the queue with starts at once: its rates of jobs in and out, and another client's wait for a turn.
 
-All execute the same `true`, as many at a time. A drained job costs its client one call (Wait), one that is
-started at once two, so that the ratio is of what a client has, not of the server's work alone. task-spooler,
+All execute the same `true`, the same number at a time. A drained job costs its client one call (Wait), and a
+start at once two, so the ratio is a client's, and not that of the server's work alone. task-spooler,
 where it is installed, is a queue without isolation, without limits and without a network. Slurm, where it is
 installed, is a queue for many machines: here one, without isolation and limits, and all jobs are one call.
 """
@@ -33,7 +33,7 @@ SUITE: Final = "queue"
 SLOTS: Final = 8
 DRAIN_GOAL: Final = 0.9
 ENQUEUE_GOAL: Final = 1000.0
-# as many as one call may have
+# the most that one call may have
 _BATCH: Final = 500
 CONFIG: Final = f"""
 [queue]
@@ -56,7 +56,7 @@ def run(*, quick: bool) -> list[Figure]:
         drained_cpu: list[float] = []
         pids = (service.pid, service.launcher_pid())
         for _ in range(rounds):
-            # in turns: what a shared machine does to one it does to the other
+            # in turns: a shared machine affects both alike
             used = [cpu_seconds(*pids)]
             directly.append(count / asyncio.run(run_many(service, SLOTS, count)))
             used.append(cpu_seconds(*pids))
@@ -145,7 +145,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 async def _drain(service: Service, count: int) -> float:
-    """Put so many jobs into the queue, and wait for them: the seconds until the last one has ended."""
+    """Put *count* jobs into the queue; return the seconds until the last one has ended."""
     async with AsyncExitStack() as stack:
         stubs = [await stack.enter_async_context(connected(service)) for _ in range(SLOTS)]
         began = time.perf_counter()
@@ -173,7 +173,7 @@ async def _submit(stub: "JobWorkerServiceAsyncStub", count: int, *, held: bool =
 
 
 async def _another_beside_many(service: Service, many: int) -> tuple[float, int, float]:
-    """How many jobs a second alice can put into the queue; how many of them begin before bob's one does.
+    """Return the jobs a second that alice can put there, and how many of them begin before bob's one.
 
     And the processor seconds of the server for each of a fifth as many, held so that none begins meanwhile.
     """
@@ -235,7 +235,7 @@ def _spooled(directory: Path, count: int) -> float | None:
         tsp("-K")
 
 
-# Of one machine, which has as many processors as the queue has slots, whatever it has.
+# For one machine; it is configured with one processor for each slot of the queue.
 _SLURM: Final = """
 ClusterName=bench
 SlurmctldHost={host}(127.0.0.1)
@@ -299,7 +299,7 @@ def _slurm_program(name: str) -> str | None:
 
 def _wait_for_slurm(condition: Callable[[], bool], seconds: float = 0.0) -> None:
     deadline = time.monotonic() + _SLURM_SECONDS + seconds
-    # nothing tells of it
+    # it sends no event
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("it does not answer in time")
@@ -308,7 +308,7 @@ def _wait_for_slurm(condition: Callable[[], bool], seconds: float = 0.0) -> None
 
 @contextmanager
 def _slurm(directory: Path) -> Iterator[dict[str, str]]:
-    """Give a Slurm of its own on this machine, and the environment of its commands."""
+    """Give a separate Slurm on this machine, and the environment of its commands."""
     for name in ("controller", "node"):
         (directory / name).mkdir()
     config = directory / "slurm.conf"

@@ -1,4 +1,4 @@
-"""What a benchmark found: figures beside what was measured in the same run, and whether they are good enough.
+"""The results of a benchmark: figures, the references of the same run, and whether they are good enough.
 
 Absolute times on a shared machine are noise; the ratio of two that were taken in turns is not. So a goal, and
 the bound that CI holds a figure to (check.py), is always one of ratios.
@@ -17,31 +17,31 @@ class Held(StrEnum):
     """Whether a later run is held to the ratio of this one."""
 
     ALWAYS = "always"
-    # beside a peer, which not every machine has
+    # the ratio to a peer, which not every machine has
     IF_THERE = "if there"
-    # what cannot be steady by nature, or may be nothing at all
+    # an unsteady figure, or one that may be 0
     NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number, and what it is held against."""
+    """One number, and its reference."""
 
-    # the module that found it
+    # the module that measured it
     suite: str
     name: str
     value: float
     unit: str
     against: str = ""
     reference: float = 0.0
-    # what the ratio should be: at most that, or at least that where more is better (a rate)
+    # the goal of the ratio: the most, or the least where more is better (a rate)
     goal: float | None = None
     more_is_better: bool = False
     held: Held = Held.ALWAYS
 
     @property
     def key(self) -> str:
-        """What names it among all figures."""
+        """The name that no other figure has."""
         return f"{self.suite}: {self.name}" + (f" / {self.against}" if self.against else "")
 
     @property
@@ -77,7 +77,7 @@ def table(figures: Iterable[Figure]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of as many cells, the first of them the head, as a table."""
+    """Return rows of equal length, the first of them the head, as a table."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     head, *others = rows
     return "\n".join(
@@ -87,18 +87,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """Return a number with three digits that say something, and its unit."""
+    """Return a number with three significant digits, and its unit."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the middle of them."""
+    """Return the median."""
     return statistics.median(values)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which *share* (0 to 1) of them lie."""
+    """Return the value below which *share* (0 to 1) of the values lie."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
@@ -111,19 +111,19 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Return what `save` has written."""
+        """Return the result that `save` has written."""
         found: dict[str, Any] = json.loads(path.read_text())
         figures = [Figure(**{**members, "held": Held(members["held"])}) for members in found["figures"]]
         return cls(found["machine"], figures)
 
     def save(self, path: Path) -> None:
-        """Write it, for the plots and for later runs."""
+        """Write the result, for the plots and for later runs."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
         path.write_text(text + "\n")
 
     def joined(self, later: "Report") -> "Report":
-        """Return the later one, with the suites that only this one ran, where they may stand in one table."""
+        """Return the later one, with the suites that only this one ran, if they may stand in one table."""
         if self.machine != later.machine:
             return later
         again = {figure.suite for figure in later.figures}

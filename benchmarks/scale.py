@@ -1,6 +1,6 @@
-"""What a running job costs when there are many: memory, the next start, the processor while they sleep.
+"""Measure the costs of a running job among many: memory, the next start, the processor while they sleep.
 
-Until the next boot something of it stays, so this suite is the last: the kernel gives each new memory cgroup
+Its effects stay until the next boot, so this suite is the last: the kernel gives each new memory cgroup
 room, 16 bytes, for each of the file systems that were ever mounted at once (the limit of its shrinkers never
 falls), and jobs mount several each.
 """
@@ -39,7 +39,7 @@ BWRAP: Final = (
     *"bwrap --unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev".split(),  # noqa: SIM905
     *SLEEP,
 )
-# An init and a command of each job, and what else a machine runs.
+# An init and a command of each job, and the machine's other processes.
 PROCESSES_PER_JOB: Final = 2
 SPARE_PROCESSES: Final = 2000
 # pjwd holds a pidfd of each job, and raises its soft limit to the hard one by itself.
@@ -47,7 +47,7 @@ SPARE_DESCRIPTORS: Final = 200
 
 Found = TypeVar("Found")
 
-# Where the machine cannot have as many as there are in the last of them; 0: all of them.
+# The most jobs in a row, for a machine that has no room for the last rows; 0: no bound.
 jobs_max = 0
 
 MEMORY_BOUND_KIB: Final = 250.0
@@ -57,7 +57,7 @@ IDLE_GOAL: Final = 0.01
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """Jobs that sleep: more at each level, and at the end none."""
+    """Run jobs that sleep: more at each level, and at the end none."""
     levels = [level for level in _levels(quick=quick) if fits(level)]
     bwrap = _bwrap_memory()
     with (
@@ -77,7 +77,7 @@ def _levels(*, quick: bool) -> tuple[int, ...]:
 
 
 def fits(level: int) -> bool:
-    """Whether the machine can have so many jobs at all; says so where it cannot."""
+    """Whether the machine can have this number of jobs; prints the reason if it cannot."""
     for name, limit, need in (
         (
             "kernel.pid_max",
@@ -104,7 +104,7 @@ def _climb(
     idle_seconds: float,
     bwrap: Memory | None,
 ) -> list[Figure]:
-    # once as below: what a server keeps of its first calls is no job's
+    # once as below: memory that a server keeps of its first calls belongs to no job
     stop_many(stub, start_many(stub, WARM_UP))
     start_times(stub, small)
     rest, before = undisturbed(lambda: _rest(service))
@@ -129,7 +129,7 @@ def _climb(
             )
         )
         starts[level] = start_times(stub, small)
-    # Once more beside the few of the first level: so what the machine did meanwhile is in both.
+    # Once more with the few jobs of the first level, so that the machine's other work is in both.
     first = levels[0]
     stop_many(stub, jobs[first:])
     for times, more in zip(starts[first], start_times(stub, small), strict=True):
@@ -141,7 +141,7 @@ def _climb(
         name, value = f"start beside {level} jobs", median(own) * 1e3
         goal = START_GOAL if level != first else None
         figures.append(Figure("scale", name, value, "ms", f"beside {first}", few, goal))
-        # what the whole machine has become slower by is in this one too
+        # this one includes the slowness of the whole machine, too
         figures.append(Figure("scale", name, value, "ms", f"a pjwd of {first}", median(in_turns) * 1e3))
     return figures
 
@@ -153,7 +153,7 @@ def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figu
         figures.append(
             Figure("scale", name, each.processes, "KiB", "bwrap", bwrap.processes, held=Held.IF_THERE)
         )
-    # of the whole machine, and whatever else it does: no ratio, which would be noise
+    # of the whole machine with its other work, so a ratio would be noise
     for whose, memory in (("jobs", each), ("bwraps", bwrap)):
         if memory is not None:
             name = f"memory of each of {level} {whose}"
@@ -163,19 +163,19 @@ def _memory_figures(level: int, each: Memory, bwrap: Memory | None) -> list[Figu
 
 
 def _rest(service: Service) -> tuple[int, Memory]:
-    """How many processes a pjwd without a job has, and their memory."""
+    """Return the number of processes of a pjwd without a job, and their memory."""
     pids = at_rest(service)
     return len(pids), Memory.now(pids)
 
 
 def _look(service: Service, rest: int, jobs: int, idle_seconds: float) -> tuple[Memory, float]:
-    """Return the memory of all processes, and what they use of a processor while nobody asks for anything."""
+    """Return the memory of all processes, and their part of a processor while no client calls."""
     pids = beside_jobs(service, rest, jobs)
     return Memory.now(pids), _idle_share(pids, idle_seconds)
 
 
 def undisturbed(look: Callable[[], Found]) -> Found:
-    """Look again when a process has gone: inits that wait are made anew when the host mounts something."""
+    """Look again when a process has gone: a mount of the host has the launcher replace waiting inits."""
     for _ in range(ATTEMPTS - 1):
         with suppress(FileNotFoundError, ProcessLookupError):
             return look()
@@ -183,12 +183,12 @@ def undisturbed(look: Callable[[], Found]) -> Found:
 
 
 def at_rest(service: Service) -> list[int]:
-    """All processes of a pjwd without a job: its own, and the inits that wait for the next jobs."""
-    # always as many of those, so that they are in no difference
+    """Return all processes of a pjwd without a job: its own, and the inits that wait for the next jobs."""
+    # always the same number, so that they are in no difference
     wait_for(lambda: len(waiting_ids(service.state)) == POOL)
     found = with_descendants([service.pid])
     while True:
-        # an init has its scratch directory before it is there itself
+        # a scratch directory is made before its init
         time.sleep(REST_SECONDS)
         before, found = found, with_descendants([service.pid])
         if before == found:
@@ -196,7 +196,7 @@ def at_rest(service: Service) -> list[int]:
 
 
 def beside_jobs(service: Service, rest: int, jobs: int) -> list[int]:
-    """All processes of a pjwd that has so many *at rest*: these, and an init and a command of each job."""
+    """Return all processes of a pjwd: those *at rest*, and an init and a command of each job."""
     wait_for(lambda: len(waiting_ids(service.state)) == POOL)
     expected = rest + PROCESSES_PER_JOB * jobs
     wait_for(lambda: len(with_descendants([service.pid])) == expected)
@@ -209,13 +209,13 @@ def _start(stub: JobWorkerServiceStub) -> int:
 
 
 def start_many(stub: JobWorkerServiceStub, count: int) -> list[int]:
-    """Start so many jobs that sleep; their ids."""
+    """Start *count* jobs that sleep; return their ids."""
     with ThreadPoolExecutor(CONCURRENT) as threads:
         return list(threads.map(lambda _: _start(stub), range(count)))
 
 
 def start_times(*stubs: JobWorkerServiceStub) -> tuple[list[float], ...]:
-    """How long starts take at each server, in turns; the jobs are gone again."""
+    """Return the seconds of starts at each server, in turns; the jobs are gone again."""
     jobs: tuple[list[int], ...] = tuple([] for _ in stubs)
     seconds: tuple[list[float], ...] = tuple([] for _ in stubs)
     for _ in range(STARTS):
@@ -241,8 +241,8 @@ def stop_many(stub: JobWorkerServiceStub, jobs: Sequence[int]) -> None:
 
 
 def _idle_share(pids: Sequence[int], seconds: float) -> float:
-    """Processor time of a second, while nobody asks for anything."""
-    time.sleep(0.5)  # what the last call left to do
+    """Return the processor time of a second without calls."""
+    time.sleep(0.5)  # work that the last call has left
     used, began = cpu_seconds(*pids), time.perf_counter()
     time.sleep(seconds)
     ended = time.perf_counter()
@@ -259,7 +259,7 @@ def _require_nothing_left(service: Service, stub: JobWorkerServiceStub, rest: in
 
 
 def _bwrap_memory() -> Memory | None:
-    """Return what each of many bwraps takes, as each of many jobs; None where there is none."""
+    """Return the memory of each of many bwraps, as for jobs; None without bwrap."""
     if shutil.which("bwrap") is None:
         print("scale: no bwrap here", file=sys.stderr)
         return None
@@ -271,12 +271,12 @@ def _bwrap_memory() -> Memory | None:
 
 @contextmanager
 def _bwraps(count: int) -> Iterator[list[int]]:
-    """So many bwraps whose commands run, and all their processes."""
+    """Run *count* bwraps; give all their processes."""
     with ExitStack() as stack:
         roots = []
         for _ in range(count):
             process = stack.enter_context(subprocess.Popen(BWRAP, stdin=subprocess.DEVNULL))
-            # before the wait of Popen.__exit__; what is inside dies with its parent
+            # before the wait of Popen.__exit__; the processes inside die with their parent
             stack.callback(process.kill)
             roots.append(process.pid)
         wait_for(lambda: all(_sleeps(pid) for pid in roots))

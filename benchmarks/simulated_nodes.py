@@ -1,7 +1,7 @@
 """Many nodes of a gateway in one process: real sessions and claims with real certificates, and no jobs.
 
-`python -m benchmarks.simulated_nodes GATEWAY CERTS COUNT SECONDS` keeps the sessions until SIGTERM. A job
-that a node claims is told to have started, and after SECONDS to have ended.
+`python -m benchmarks.simulated_nodes GATEWAY CERTS COUNT SECONDS` keeps the sessions until SIGTERM. A node
+reports of a job that it claims that it has started, and after SECONDS that it has ended.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from pjw.version import version
 
 CPU_MILLICORES: Final = 16_000
 MEMORY_BYTES: Final = 64 * 1024**3
-# So many handshakes at once.
+# The most handshakes at once.
 _AT_ONCE: Final = 16
 _OPTIONS: Final = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 
@@ -71,7 +71,7 @@ class SimulatedNode:
                 session=session,
                 boot_id="simulated",
                 version=version(),
-                # nobody is there
+                # there is no gateway
                 address="127.0.0.1:1",
                 cpu_max_millicores=CPU_MILLICORES,
                 memory_max_bytes=MEMORY_BYTES,

@@ -1,4 +1,4 @@
-"""A gateway with 1,000 nodes and 100,000 jobs: what it uses, how fast it is, how soon it answers meanwhile.
+"""Measure a gateway with 1,000 nodes and 100,000 jobs: its resources, its rate, its answers meanwhile.
 
 The gateway is real, and so are the sessions, certificates and claims of its nodes. The nodes run nothing.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceAsyncStub
 
 SUITE: Final = "simulation"
-# as many as one call may have
+# the most that one call may have
 _BATCH: Final = 500
 _JOB_SECONDS: Final = 5.0
 _IDLE_SECONDS: Final = 20.0
@@ -122,7 +122,7 @@ def _simulated(gateway: Gateway, nodes: int) -> Iterator[None]:
 
 
 async def _jobs(gateway: Gateway, count: int) -> list[Figure]:
-    """Put so many jobs into the queue, and ask for jobs again and again until the last one has ended."""
+    """Put *count* jobs into the queue, and ask for jobs until the last one has ended."""
     async with AsyncExitStack() as stack:
         submitting, watching, asking = [await stack.enter_async_context(connected(gateway)) for _ in range(3)]
         memory = pss_bytes(gateway.pid)
@@ -162,7 +162,7 @@ async def _submit(stub: "JobWorkerServiceAsyncStub", count: int) -> None:
 
 
 async def _until_ended(stub: "JobWorkerServiceAsyncStub", count: int) -> None:
-    """Return when so many jobs have ended."""
+    """Return when *count* jobs have ended."""
     left = count
     async for response in stub.WatchJobs(pb.WatchJobsRequest(no_snapshot=True)):
         for change in response.changes:
@@ -176,7 +176,7 @@ async def _until_ended(stub: "JobWorkerServiceAsyncStub", count: int) -> None:
 async def _ask(
     stub: "JobWorkerServiceAsyncStub", until: "asyncio.Future[None]"
 ) -> tuple[list[float], list[float]]:
-    """How long a Get and a List take, each ten times a second."""
+    """Measure a Get and a List, each ten times a second."""
     gets: list[float] = []
     lists: list[float] = []
     await asyncio.sleep(1)

@@ -2,13 +2,13 @@
 
 pjw's numbers are those of a client over mutual TLS: from the call of Start to its answer, which comes when
 the command has been executed with every namespace and limit; and on to the end of a Logs stream, which is
-what a client waits for. Beside it in each round run the kernel's floor (floor.c: clone with the same
-namespaces, exec, wait), the floor without a namespace of the network, which is the dearest, the floor with a
+what a client waits for. Each round also runs the kernel's floor (floor.c: clone with the same
+namespaces, exec, wait), the floor without a namespace of the network, which costs most, the floor with a
 cgroup in each of a job's hierarchies under the same limits, a bare posix_spawn, and in some rounds the peers
 (peers.py). All execute the same `true`.
 
-The order in a round is left to chance, because it matters: on cgroup v1 the first to enter a cgroup after a
-pause waits for a grace period of RCU, 10 ms or so, and whoever comes soon after does not.
+The order in a round is left to chance, because it matters: on cgroup v1 the first process to enter a cgroup
+after a pause waits for a grace period of RCU, about 10 ms. The next ones do not wait.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def beside(service: Service, *only: str) -> Iterator[tuple["Floors", list[Peer]]
     """Give the kernel's floors and the peers, or *only* those of them, ready to run in turns with a pjwd."""
     with ExitStack() as stack:
         directory = stack.enter_context(pjwd.directory())
-        # the user of an OCI container has to find its root
+        # the user of an OCI container must be able to find its root
         directory.chmod(0o755)
         program = build(directory)
         told = build(directory, SOURCE.with_name("told.c"))
@@ -69,7 +69,7 @@ def beside(service: Service, *only: str) -> Iterator[tuple["Floors", list[Peer]]
 
 @dataclass(frozen=True, slots=True)
 class Floors:
-    """The floor and that without a namespace of the network, as two processes each, and one with cgroups."""
+    """The floor and that without a network namespace, as two processes each, and one with cgroups."""
 
     pair: tuple[Floor, Floor]
     without_net: tuple[Floor, Floor]
@@ -96,7 +96,7 @@ def _floors(service: Service, program: Path) -> Iterator[Floors]:
 
 
 def one_by_one(service: Service, floors: Floors, peers: Sequence[Peer], rounds: int) -> list[Figure]:
-    """Return what a start and a whole life take when nobody else asks for one."""
+    """Return the seconds of a start and of a whole life without other starts."""
     starts: dict[str, list[float]] = {}
     lives: dict[str, list[float]] = {}
     with service.stub() as stub:
@@ -170,7 +170,7 @@ def _posix_spawn() -> Run:
 
 @dataclass(slots=True)
 class _Tally:
-    """What some turns came to; of the floor all time is that of `spawning`."""
+    """The sums of some turns; of the floor all time is that of `spawning`."""
 
     seconds: float = 0
     used: Used = field(default_factory=Used)
@@ -178,19 +178,19 @@ class _Tally:
 
     @property
     def rate(self) -> float:
-        """Whole lives a second."""
+        """The whole lives a second."""
         return self.count / self.seconds
 
     @property
     def cpu_ms(self) -> float:
-        """Processor time of one."""
+        """The processor time of one life."""
         return self.used.total / self.count * 1e3
 
 
 def at_once(
     service: Service, floors: Floors, rounds: int, count: int, numbers: Sequence[int] = CLIENTS
 ) -> list[Figure]:
-    """Return the seconds of *count* lives for each of these *numbers* of clients that ask at once."""
+    """Return the seconds of *count* lives for each of these *numbers* of simultaneous clients."""
     pjw, floor, without_net = ({clients: _Tally() for clients in numbers} for _ in range(3))
     with accounts.opened(service) as account:
         for _ in range(rounds):
@@ -226,7 +226,7 @@ def at_once(
 def _pjw_turn(service: Service, account: Accounts, clients: int, count: int, tally: _Tally) -> None:
     before = account.now()
     tally.seconds += asyncio.run(run_many(service, clients, count))
-    # what the server still does then for a job without output: its directory goes
+    # then the server still removes the directory of a job without output
     wait_for(lambda: not os.listdir(service.state / "jobs"))
     tally.used += account.now() - before
     tally.count += count

@@ -1,4 +1,4 @@
-"""How fast output is streamed: finished, against gRPC alone and openssl; and while it is being written."""
+"""Measure the rate of output: finished, against gRPC alone and openssl; and live."""
 
 import shutil
 import subprocess
@@ -28,7 +28,7 @@ LIVE_GOAL: Final = 0.70
 
 
 def run(*, quick: bool) -> list[Figure]:
-    """All rows of the suite; in each round everybody has one turn."""
+    """Measure all rows of the suite; in each round each contestant has one turn."""
     size, rounds = (256 * MIB, 2) if quick else (1024 * MIB, 5)
     # many followers get the last part of the output only
     shares = dict(zip(COUNTS, (size, size // 8, size // 32), strict=True))
@@ -52,7 +52,7 @@ def run(*, quick: bool) -> list[Figure]:
         found = _Found()
         for turn in range(rounds + 1):
             if turn == 1:
-                # connections and caches are warm now
+                # connections are made and caches warm now
                 found = _Found()
             for (name, count), several in contestants.items():
                 share = shares[count]
@@ -63,7 +63,7 @@ def run(*, quick: bool) -> list[Figure]:
 
 
 class _Found:
-    """Rates and processor times of all rounds."""
+    """Return the rates and processor times of all rounds."""
 
     def __init__(self) -> None:
         self.rates: Final[defaultdict[object, list[float]]] = defaultdict(list)

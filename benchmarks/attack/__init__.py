@@ -1,5 +1,5 @@
-"""What one client, or one client's job, can do to another client and to the host: `make attack`.
+"""Measure the harm that a client, or its job, can do to another client and to the host: `make attack`.
 
-Attackers are ordinary: a certificate as everybody's, jobs as everybody's, all of it over the public
-interface, and on loopback. Beside each of them a victim goes on with its own work, and is measured.
+Attackers are ordinary clients with ordinary jobs. They use the public interface alone, on loopback. While an
+attack goes on, a victim does its own work, and we measure the victim.
 """

@@ -1,10 +1,10 @@
-"""Runs attacks on a real pjwd with a victim beside them, as root: `make attack`.
+"""Run attacks on a real pjwd, and measure their victim, as root: `make attack`.
 
     python -m benchmarks.attack [--short | --deadlines] [--queue NAME=VALUE]... [--json FILE]
                                 [--revision COMMIT] [ROW]...
 
-Each row is measured in turns: the victim beside a busy loop of the attacker's client, and beside the attack.
-A ratio is that of the two. It ends with 1 when a goal is missed.
+Each row measures the victim in turns, during a busy loop of the attacker's client and during the attack. A
+ratio is that of the two. The exit code is 1 when a goal is missed.
 """
 
 import argparse
@@ -28,25 +28,25 @@ from benchmarks.machine import describe
 from tests.support.disks import disk_with_queue
 
 CALL_SECONDS: Final = 10.0
-# a machine without hardware of its own is slower by as much
+# a virtual machine is slower by this factor
 SLOW_CALL_SECONDS: Final = 30.0
-# of a disk with settings of its own; sparse
+# of a disk with its own settings; sparse
 DISK_MEGABYTES: Final = 6144
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How often, and what is asked of it."""
+    """The number of turns and samples, and the goals."""
 
     goals: Goals
     turns: int
     # in each turn, in each state
     count: int
     deadline: float
-    # whether what the victim takes while nobody does anything is measured for each row
+    # whether each row also measures the victim on an idle machine
     quiet: bool = False
     kernel_only: bool = False
-    # how often a row that misses is measured again: few samples on a machine that others use say little
+    # how often a row that misses a goal is repeated: on a shared machine few samples have little meaning
     again: int = 0
 
 
@@ -128,7 +128,7 @@ def _chosen(row: Row, wanted: list[str], plan: Plan) -> bool:
 
 
 def run(rows: list[Row], plan: Plan, base: Path = DIRECTORY) -> list[Result]:
-    """Each row in turn, on one service while each leaves it clean and the next asks for no other."""
+    """Run each row, on one service as long as rows leave it clean and need no other."""
     print(f"\n{HEADINGS}\n{'-' * WIDTH}", flush=True)
     results = []
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def _measure(row: Row, stage: Stage, plan: Plan) -> Result:
 
 
 def _excused(result: Result) -> bool:
-    """Whether this machine is none of those on which it can be held."""
+    """Whether this row cannot be judged on this machine."""
     version = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
     return bool(result.only) and not result.only.startswith(version)
 

@@ -1,10 +1,10 @@
-"""The attacker's programs, each a process of its own.
+"""The attacker's programs, each a separate process.
 
     python -m benchmarks.attack.attackers NAME ADDRESS CERTS [ARGUMENT]...
 
-One says "ready" when it is at work, and goes on, also over connections that the server has closed, until its
-input ends: so none outlives the run that began it. They make no thing of which the host has few beyond what
-rows.py says, and none runs longer than LIFE_SECONDS.
+A program prints "ready" when it is at work. It goes on, also after the server has closed its connections,
+until its input ends: so none outlives the run that began it. rows.py bounds their use of scarce things of the
+host, and none runs longer than LIFE_SECONDS.
 """
 
 import functools
@@ -45,7 +45,7 @@ DEEP_LEVELS: Final = 5000
 
 
 class Client:
-    """The attacker's calls, over a connection of its own."""
+    """The attacker's calls, over their own connection."""
 
     def __init__(self, address: str, certs: Path) -> None:
         ca, key, crt = (
@@ -60,7 +60,7 @@ class Client:
         return self.stub.Start(request, timeout=CALL_SECONDS).job.id
 
     def start_when_let_in(self, *arguments: str) -> int:
-        """Start a job, at last: a server may refuse for a while who has just attacked it."""
+        """Start a job, when the server permits it: it may refuse a recent attacker for a while."""
         over = time.monotonic() + LET_IN_SECONDS
         while True:
             try:
@@ -71,26 +71,26 @@ class Client:
                 time.sleep(SETTLE_SECONDS)
 
     def wait(self, job_id: int) -> None:
-        """Wait for its end."""
+        """Wait for the end of a job."""
         self.stub.Wait(pb.WaitRequest(id=job_id), timeout=CALL_SECONDS)
 
     def stop(self, job_id: int) -> None:
-        """Kill it."""
+        """Kill a job."""
         self.stub.Stop(pb.StopRequest(id=job_id, grace=Duration()), timeout=CALL_SECONDS)
 
     def delete(self, job_id: int) -> None:
-        """Have the server forget it, and its output."""
+        """Have the server forget a job, and its output."""
         self.stub.Delete(pb.DeleteRequest(id=job_id), timeout=CALL_SECONDS)
 
     def life(self, *arguments: str, limits: pb.Limits | None = None) -> None:
-        """One job from its start until nothing of it is left."""
+        """Run one job from its start until nothing of it is left."""
         job_id = self.start(*arguments, limits=limits)
         self.wait(job_id)
         self.delete(job_id)
 
 
 def _forever(client: Client, work: Callable[[Client], object], threads: int = 1) -> None:
-    """Do it again and again, whatever the server says to it."""
+    """Repeat *work* without an end, also when the server refuses it."""
 
     def loop() -> None:
         while True:
@@ -106,7 +106,7 @@ def _forever(client: Client, work: Callable[[Client], object], threads: int = 1)
 
 
 def calls(client: Client) -> None:
-    """What others are compared with: a client that asks for the next as soon as it has been answered."""
+    """The reference for the others: a client that sends the next call as soon as it has its answer."""
     job_id = client.start_when_let_in("true")
     request = pb.GetRequest(id=job_id)
     _forever(client, lambda one: one.stub.Get(request, timeout=CALL_SECONDS))
@@ -122,7 +122,7 @@ def lists(client: Client) -> None:
 
 
 def storm(client: Client, count: str) -> None:
-    """Starts and stops, so many at a time."""
+    """Starts and stops, several at a time."""
 
     def once(one: Client) -> None:
         one.stop(one.start("sleep", "1000"))
@@ -148,14 +148,14 @@ def launches(client: Client, programs: str, *numbers: str) -> None:
 
 
 def syncs(client: Client, *numbers: str) -> None:
-    """Jobs that sync much that they wrote, at the lowest limits of disk IO."""
+    """Jobs that sync much data, at the lowest limits of disk IO."""
     wbps, wiops = map(int, numbers)
     limits = pb.Limits(io_wbps_max=wbps, io_wiops_max=wiops, time_max_seconds=30)
     _forever(client, lambda one: one.life("sh", "-c", UNSTOPPABLE, limits=limits), threads=2)
 
 
 def unstoppable(client: Client, *numbers: str) -> None:
-    """Jobs that wait in a sync for the lowest limits of disk IO: each is stopped, and there is another."""
+    """Jobs that wait in a sync, at the lowest limits of disk IO: each is stopped, and another one starts."""
     wbps, wiops = map(int, numbers)
     limits = pb.Limits(io_wbps_max=wbps, io_wiops_max=wiops, time_max_seconds=1)
 
@@ -208,7 +208,7 @@ def trees(client: Client) -> None:
 
 
 def fill(client: Client, what: str) -> None:
-    """Jobs that fill the disk below their scratch directory, by bytes or by names; again when ended."""
+    """Jobs that fill the disk below their scratch directory, by bytes or by names; endlessly."""
     program = {
         "bytes": "cat /dev/zero >f; sleep 1000",
         "inodes": "n=0; while n=$((n+1)); do true >f$n || sleep 1; done",
@@ -217,7 +217,7 @@ def fill(client: Client, what: str) -> None:
 
 
 def main() -> None:
-    """Run one until the input ends."""
+    """Run one program until the input ends."""
     name, address, certs, *rest = sys.argv[1:]
     directory, seconds = Path(certs), LIFE_SECONDS
     raw: dict[str, Callable[[], object]] = {
@@ -251,7 +251,7 @@ def _fail(failed: threading.ExceptHookArgs) -> None:
 
 
 def _settle() -> None:
-    """Until it opens no more connections for a while."""
+    """Wait until the client opens no more connections for a while."""
     over, before = time.monotonic() + READY_SECONDS, -1
     while (now := len(os.listdir("/proc/self/fd"))) != before and time.monotonic() < over:
         before = now

@@ -1,4 +1,4 @@
-"""What must be so while an attack goes on, beside the victim's times."""
+"""Facts that must hold while an attack goes on, apart from the victim's times."""
 
 import fcntl
 import os
@@ -24,22 +24,22 @@ from tests.support.service import wait_for
 
 NAMES: Final = 2000
 COLD_PROGRAMS: Final = 32
-# How long a job may outlive its end that the kernel can bring about.
+# How long a job may outlive an end that the kernel can bring about.
 END_SECONDS: Final = 10.0
 TIME_SECONDS: Final = 1
-# what it writes comes to the disk at the end, and waits there for its turn
+# its data reaches the disk at the end, and waits there for its turn
 UNSTOPPABLE: Final = "exec dd if=/dev/zero of=f bs=64k count=1000 conv=fsync"
 UNSTOPPABLE_JOBS: Final = 6
 SHARE_SECONDS: Final = 2.0
-# of what equal parts would be
+# as a part of an equal share
 SHARE_LEAST: Final = 0.6
-# of a processor, beside what the rest of the machine has them do
+# of a processor, in addition to their work for the rest of the machine
 KERNEL_SHARE: Final = 0.5
 SMALL_MEMORY: Final = 64 * 1024**2
 
 
 def connects(stage: Stage) -> list[Fact]:
-    """A client that was not there before is let in, and answered."""
+    """The server admits and answers a new client."""
     began = time.monotonic()
     try:
         with stage.service.stub(VICTIM) as stub:
@@ -52,7 +52,7 @@ def connects(stage: Stage) -> list[Fact]:
 
 
 def ends_in_time(stage: Stage) -> list[Fact]:
-    """Jobs that wait for a disk that lets next to nothing through end when their time is over."""
+    """Jobs that wait for an almost blocked disk end when their time is over."""
     limits = pb.Limits()
     limits.CopyFrom(stage.lowest_io)
     limits.time_max_seconds = TIME_SECONDS
@@ -76,7 +76,7 @@ def ends_in_time(stage: Stage) -> list[Fact]:
 
 
 def syncs_in_time(stage: Stage) -> list[Fact]:
-    """What root writes to the same file system comes to its disk."""
+    """Root's write to the same file system reaches the disk."""
     path = stage.service.state.parent / "synced"
     command = ["dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1", "conv=fsync", "status=none"]
     return [_by_root("root's sync of another file ends", command, stage.victim.deadline)]
@@ -120,7 +120,7 @@ def _directory_of_names(stage: Stage) -> Path:
 def _forget_directories(path: Path) -> None:
     """Drop what the kernel has in memory of the disk's directories."""
     device = path.stat().st_dev
-    # without the right to open the disk (a container) it stays warm, and the row shows less
+    # without the right to open the disk (a container) the cache stays warm, and the row shows less
     with suppress(FileNotFoundError, PermissionError):
         uevent = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/uevent").read_text()
         name = dict(line.split("=") for line in uevent.splitlines())["DEVNAME"]
@@ -130,7 +130,7 @@ def _forget_directories(path: Path) -> None:
 
 
 def cold_programs(stage: Stage) -> Path:
-    """Programs of the host that nobody runs."""
+    """Return programs of the host that no process runs."""
     directory = stage.cold.directory.parent / "programs"
     if not directory.exists():
         directory.mkdir()
@@ -145,13 +145,13 @@ def cold_programs(stage: Stage) -> Path:
 
 
 def share_of_cpu(stage: Stage) -> list[Fact]:
-    """A job of the victim computes as much as all of the attacker's together, or as much as it is let."""
+    """A job of the victim computes as much as all of the attacker's together, or up to its limit."""
     with stage.service.stub(VICTIM) as stub:
         request = pb.StartRequest(command=BUSY)
         job_id = stub.Start(request, timeout=stage.victim.deadline).job.id
         began, before = time.monotonic(), _cpu_seconds(stub, stage)
         mine, others, seconds = 0.0, 0.0, 0.0
-        # not for so long by the clock: on a busy machine both may get little of it
+        # processor time, not time by the clock: on a busy machine both may get little of it
         while mine + others < SHARE_SECONDS and seconds < stage.victim.deadline:
             time.sleep(SHARE_SECONDS / 10)
             mine, others = (now - then for now, then in zip(_cpu_seconds(stub, stage), before, strict=True))
@@ -162,7 +162,7 @@ def share_of_cpu(stage: Stage) -> list[Fact]:
 
 
 def _cpu_seconds(stub: JobWorkerServiceStub, stage: Stage) -> tuple[float, float]:
-    """What the victim's and the attacker's running jobs have used."""
+    """Return the use of the victim's and of the attacker's running jobs."""
     quotas = [
         each.GetQuota(pb.GetQuotaRequest(), timeout=stage.victim.deadline) for each in (stub, stage.stub)
     ]
@@ -171,7 +171,7 @@ def _cpu_seconds(stub: JobWorkerServiceStub, stage: Stage) -> tuple[float, float
 
 
 def keeps_its_memory(stage: Stage) -> list[Fact]:
-    """A small job of the victim is not killed for what the attacker's take."""
+    """A small job of the victim survives the attacker's use of memory."""
     fills = f'x = bytearray(b"x" * {SMALL_MEMORY}); import time; time.sleep({SHARE_SECONDS})'
     return [_victims_job(stage, f"a job of the victim with {SMALL_MEMORY >> 20} MiB", [*PYTHON, fills])]
 
@@ -183,7 +183,7 @@ def forks(stage: Stage) -> list[Fact]:
 
 
 def writes(stage: Stage) -> list[Fact]:
-    """A job of the victim has output, and it is kept."""
+    """A job of the victim has output, and pjwd keeps it."""
     return [
         _victims_job(stage, "a job of the victim that writes 1 MiB", ["head", "-c", "1048576", "/dev/zero"])
     ]
@@ -206,7 +206,7 @@ def _victims_job(stage: Stage, what: str, argv: list[str]) -> Fact:
 
 
 def kernel_threads(stage: Stage) -> list[Fact]:
-    """What the kernel does for a job in threads of its own, which no limit of the job's counts."""
+    """The kernel's own threads, which no limit of a job counts, take little time for it."""
     before, began = _kernel_threads_seconds(), time.monotonic()
     time.sleep(SHARE_SECONDS)
     share = (_kernel_threads_seconds() - before) / (time.monotonic() - began)
@@ -271,7 +271,7 @@ except OSError as error:
 
 
 def terminals_left(stage: Stage) -> list[Fact]:
-    """While one job holds all that it can get, another gets one, and so does the host."""
+    """While one job holds all terminals that it can get, another job gets one, and so does the host."""
     with stage.jobs([*PYTHON, _TAKE_TERMINALS]) as [job_id]:
         taken = stage.output(job_id, b"ready").decode().split()[-1:]
         try:
@@ -285,7 +285,7 @@ def terminals_left(stage: Stage) -> list[Fact]:
 
 
 def hears_nothing(stage: Stage) -> list[Fact]:
-    """What root opens is nothing that a job hears of."""
+    """A job learns nothing of the files that root opens."""
     path = stage.cold.paths[0]
     with stage.jobs([*PYTHON, _WATCH, str(path)]) as [job_id]:
         stage.output(job_id, b"ready")
@@ -296,7 +296,7 @@ def hears_nothing(stage: Stage) -> list[Fact]:
 
 
 def locks_nothing(stage: Stage) -> list[Fact]:
-    """A file that a job has locked is root's to lock."""
+    """Root can lock a file that a job has locked."""
     path = stage.cold.paths[0]
     with stage.jobs([*PYTHON, _LOCK, str(path)]) as [job_id], path.open() as file:
         said = stage.output(job_id, b"ready")
@@ -321,7 +321,7 @@ def reaches_nobody(stage: Stage) -> list[Fact]:
     return [Fact("the job connects", said.removeprefix("ready "), bool(said) and said != "ready reached")]
 
 
-# an address at which nobody listens
+# an address without a listener
 PROXIED: Final = "127.1.77.7"
 _ASK: Final = f"""
 import socket, time
@@ -335,7 +335,7 @@ PROXY_SECONDS: Final = 5.0
 
 
 def proxy_answers(stage: Stage) -> list[Fact]:
-    """Another job is answered meanwhile."""
+    """Another job gets answers meanwhile."""
     with stage.jobs([*PYTHON, _ASK], allow=[PROXIED]) as [job_id]:
         said = stage.output(job_id, b"ready").decode().split()
     held = len(said) == 3 and said[1] == "502" and float(said[2]) < PROXY_SECONDS

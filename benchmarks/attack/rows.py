@@ -1,7 +1,7 @@
-"""The table of attacks: what each one does, what it is compared with, and what must be so beside its times.
+"""The table of attacks: their work, their reference, and the facts that must hold during each.
 
-How much each takes of the machine is bounded here: it is shared, and what a server without these bounds lets
-through reaches it.
+This module bounds the use of the machine by each attack: others share the machine, and a server without
+bounds would pass the whole attack on to it.
 """
 
 import os
@@ -22,11 +22,11 @@ Attack = Callable[[Stage], AbstractContextManager[object]]
 Facts = Callable[[Stage], list[Fact]]
 
 IDLE_CONNECTIONS: Final = 5000
-# fewer than these connections, so that a server that lets all of them in has none left
+# fewer than these connections, so that a server that admits all of them has none left
 FEW_FILES: Final = 4096
-# a loop device, which the virtual machine has not
+# a loop device, which the virtual machine lacks
 SMALL_DISK: Final = {"disk_megabytes": 256}
-# what docs/configuration.md has the operator of a shared machine set; without it one client may take all
+# the setting of docs/configuration.md for a shared machine; without it one client may take all
 SHARED_MEMORY: Final = {"clients": f"memory_max_bytes = {HOST_MEMORY // 2}\n"}
 FULL_SECONDS: Final = 10.0
 SILENT_FOLLOWERS: Final = 900
@@ -34,7 +34,7 @@ SILENT_FOLLOWERS: Final = 900
 MEMORY_JOBS: Final = 12
 MEMORY_EACH: Final = HOST_MEMORY // 8 // MIB * MIB
 BOMBS: Final = 4
-# Nobody listens at this address: the proxy parses a request for it and looks it up, and then cannot connect.
+# No process listens here: the proxy parses a request for this address and looks it up, but cannot connect.
 NAMES: Final = {"network": f'hosts = ["{facts.PROXIED}"]\nprivate = ["127.1.0.0/16"]\n'}
 PROXY_ASKERS: Final = 16
 
@@ -51,14 +51,14 @@ class Row:
     beside: Attack | None
     # asked while the attack goes on
     facts: Facts = lambda _: []
-    # whether its point is the kernel's doing: those run in the virtual machine too
+    # whether it attacks the kernel: those run in the virtual machine too
     kernel: bool = False
-    # the version of cgroups on which alone it can be held, and why
+    # the only version of cgroups on which it can be judged, and why
     only: str = ""
     stage: dict[str, Any] = field(default_factory=dict)
 
 
-# --- what others are compared with
+# --- references
 
 
 def busy_job(stage: Stage) -> AbstractContextManager[object]:
@@ -144,7 +144,7 @@ def _ask_proxy(stage: Stage) -> Iterator[None]:
 
 
 def _slow_reads(program: str, count: int = COLD_FILES) -> Attack:
-    """Of so many files; the victim wants one of the same."""
+    """Return slow reads of *count* files, of which the victim wants one."""
 
     @contextmanager
     def attack(stage: Stage) -> Iterator[None]:
@@ -195,7 +195,7 @@ def _bombs(stage: Stage) -> AbstractContextManager[object]:
     return stage.jobs("f() { f | f & }; while :; do f; done", BOMBS)
 
 
-# without an end of the line: what a terminal has no room for it throws away, so this never stops
+# without an end of the line: a terminal discards data that it has no room for, so this never stops
 _WRITE_TERMINALS: Final = """
 import os
 pairs = []
@@ -246,7 +246,7 @@ def _cold_launches(stage: Stage) -> Iterator[None]:
 
 
 def _then_nothing(name: str, *arguments: object, warm_seconds: float = 0.5) -> Attack:
-    """A program that starts jobs, some time after it began; what it leaves is stopped."""
+    """A program that starts jobs, some time after its beginning; then its jobs are stopped."""
 
     @contextmanager
     def attack(stage: Stage) -> Iterator[None]:
@@ -260,7 +260,7 @@ def _then_nothing(name: str, *arguments: object, warm_seconds: float = 0.5) -> A
 
 
 def _filled(what: str) -> Attack:
-    """The disk of the state directory is full by then, where the server lets it be."""
+    """Fill the disk of the state directory, as far as the server permits it."""
 
     def is_full(stage: Stage) -> bool:
         assert stage.disk is not None

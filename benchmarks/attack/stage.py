@@ -1,4 +1,4 @@
-"""A pjwd with its defaults, a victim, and the means of an attacker; at the end all of it is gone."""
+"""A pjwd with its defaults, a victim, and the means of an attacker; at the end all of it is removed."""
 
 import os
 import shutil
@@ -22,20 +22,20 @@ from tests.support.disks import small_disk
 from tests.support.service import Service, end_all, instance_cgroups, wait_for
 from tests.support.worker_harness import PROJECT, UIDS, uid_range
 
-# where a service would have its state: on a disk whose files jobs can execute
+# the usual place of a service's state: on a disk whose files jobs can execute
 DIRECTORY: Final = Path("/var/lib")
 VICTIM: Final = "victim"
 ATTACKER: Final = "attacker"
 PYTHON: Final = ("/usr/bin/python3", "-I", "-S", "-c")
 BUSY: Final = "while :; do :; done"
-# What a client may not ask for any more once there are floors; and the floors' defaults then.
+# Below the floors, so the server refuses it once there are floors; and the floors' defaults then.
 TINY_IO: Final = 2
 FLOOR_BYTES: Final = 1024**2
 FLOOR_OPERATIONS: Final = 100
 STOP_SECONDS: Final = 15.0
 # A client launches a hundred jobs. The jobs that run already take processor time from the later launches.
 LAUNCH_SECONDS: Final = 180.0
-# Sums so small that what exceeds them endangers no machine that this runs on; only where pjwd has such sums.
+# Sums so small that an excess endangers no machine that this runs on; only if pjwd has such sums.
 HOST_MEMORY: Final = min(1024**3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
 HOST: Final = {"memory_max_bytes": HOST_MEMORY, "pids_max": 4096}
 BASE_CONFIG: Final = "stop_grace_seconds = 1\n{more}\n[job_users]\nuid_first = {first}\nuid_count = {count}\n"
@@ -58,7 +58,7 @@ class Stage:
         self.victim: Final = victim
         self.stub: Final = stub
         self.disk: Final = disk
-        # what has gone wrong with the attacker's own jobs, which have ends too
+        # faults of the attacker's own jobs, which must end too
         self.failures: Final[list[str]] = []
         self._lowest: pb.Limits | None = None
 
@@ -98,8 +98,8 @@ class Stage:
         limits: pb.Limits | None = None,
         allow: Sequence[str] = (),
     ) -> Iterator[list[int]]:
-        """So many of them, with names on the network that they may reach, for as long as the context."""
-        # at once: the last of many would wait for what the first ones do
+        """Run *count* jobs, which may reach these names on the network, for as long as the context."""
+        # at once: the last of many would wait for the work of the first ones
         request, timeout = _request(program, limits), LAUNCH_SECONDS
         request.allow.extend(allow)
         calls = [self.stub.Start.future(request, timeout=timeout) for _ in range(count)]
@@ -112,7 +112,7 @@ class Stage:
             self.stop_all(ids)
 
     def stop_all(self, ids: Sequence[int]) -> None:
-        """Stop these at once, each within the deadline."""
+        """Stop these jobs at once, each within the deadline."""
         calls = [
             (job_id, self.stub.Stop.future(pb.StopRequest(id=job_id, grace=Duration()), timeout=STOP_SECONDS))
             for job_id in ids
@@ -126,7 +126,7 @@ class Stage:
 
     @contextmanager
     def program(self, name: str, *arguments: object) -> Iterator[None]:
-        """One of the attacker's programs (attackers.py), for as long as the context."""
+        """Run one of the attacker's programs (attackers.py), for as long as the context."""
         command = [sys.executable, "-B", "-m", "benchmarks.attack.attackers", name, self.service.address]
         command += [str(self.service.certs), *map(str, arguments)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT)
@@ -139,7 +139,7 @@ class Stage:
             if process.poll() is not None:
                 raise RuntimeError(f"the attacker's program {name} ended with {process.returncode}")
         finally:
-            # its end is that of its input
+            # it ends with its input
             process.stdin.close()
             try:
                 process.wait(STOP_SECONDS)
@@ -149,7 +149,7 @@ class Stage:
             process.stdout.close()
 
     def output(self, job_id: int, expected: bytes, seconds: float = STOP_SECONDS) -> bytes:
-        """What a job has written, once *expected* is in it, or when the time is over."""
+        """Return a job's output, once *expected* is in it, or when the time is over."""
         path = self.service.state / "jobs" / str(job_id) / "output"
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -160,7 +160,7 @@ class Stage:
         return b""
 
     def end_what_runs(self) -> None:
-        """Stop what the attacker has still running."""
+        """Stop the attacker's remaining jobs."""
         states = [pb.JOB_STATE_STARTING, pb.JOB_STATE_RUNNING, pb.JOB_STATE_STOPPING]
         while jobs := self.stub.List(pb.ListRequest(states=states), timeout=STOP_SECONDS).jobs:
             failures = len(self.failures)
@@ -169,7 +169,7 @@ class Stage:
                 return
 
     def is_clean(self) -> bool:
-        """Whether the next attack may have this one: nothing of the last is left."""
+        """Whether the next attack may use this stage: nothing of the last one is left."""
         if self.failures:
             return False
         try:
@@ -195,7 +195,7 @@ def open_stage(
     clients: str = "",
     network: str = "",
 ) -> Iterator[Stage]:
-    """A service below *base*: with scratch, or all of its state, on a small disk, or with few open files.
+    """Open a service below *base*: with scratch or all of its state on a small disk, or with few open files.
 
     *clients*, *network*: lines for these tables of the configuration.
     """
@@ -207,7 +207,7 @@ def open_stage(
         described = subprocess.check_output([pjwd.program(), "config", "show"], text=True)
         disk = None
         if disk_megabytes:
-            # as mkfs makes it when nobody says otherwise
+            # mkfs's default
             disk = stack.enter_context(small_disk(disk_megabytes, reserved_percent=5))
         own_scratch = disk is not None and "scratch_dir" in described
         config = f'scratch_dir = "{disk}"\n' if own_scratch else ""
@@ -224,7 +224,7 @@ def open_stage(
         stub = stack.enter_context(service.stub(VICTIM))
         attacker = stack.enter_context(service.stub(ATTACKER))
         stage = Stage(service, cold, Victim(stub, cold, deadline), attacker, disk)
-        # connections, caches and the inits that wait are there after this
+        # this makes connections, caches and the waiting inits
         stage.victim.work(3)
         yield stage
 
@@ -237,18 +237,18 @@ def _config(more: str, described: str, clients: str, network: str) -> str:
 
 
 class _LimitedService(Service):
-    """A pjwd that may have only so many files open, for good."""
+    """A pjwd with a hard limit of open files."""
 
     files_max = 0
 
     def command(self, *extra: str) -> list[str]:
-        """Its command line."""
+        """The command line of pjwd."""
         limit = ["prlimit", f"--nofile={self.files_max}"] if self.files_max else []
         return [*limit, *super().command(*extra)]
 
 
 def _end(service: Service) -> None:
-    """End it and every job, also one that its limits keep from ending."""
+    """End pjwd and every job, also jobs that their limits keep from ending."""
     lift(service)
     try:
         if service.process is not None:
@@ -263,7 +263,7 @@ def _end(service: Service) -> None:
 
 
 def lift(service: Service) -> None:
-    """Take every limit of disk IO off its jobs, where it fails to: so that this run can end."""
+    """Remove every limit of disk IO from its jobs, if pjwd fails to: so that this run can end."""
     for instance in instance_cgroups(service.state):
         for directory, _, names in os.walk(instance):
             for name in names:

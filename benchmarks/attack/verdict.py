@@ -1,4 +1,4 @@
-"""What the samples of a row come to: figures beside their reference, and whether the goals are met."""
+"""Turn the samples of a row into figures next to their reference, and judge whether the goals are met."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ WIDTH: Final = 96
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What is so or is not while the attack goes on; `held` is how it should be."""
+    """A fact that was looked at during the attack; `held`: whether it is as it should be."""
 
     what: str
     found: str
@@ -28,7 +28,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Goals:
-    """The ratios at most; None is not asked."""
+    """The highest ratios; None: no goal."""
 
     p50: float | None
     p99: float | None
@@ -46,12 +46,12 @@ DEADLINES: Final = Goals(None, None)
 
 @dataclass(slots=True)
 class Result:
-    """All that was seen of one row."""
+    """All results of one row."""
 
     name: str
     entry: str
     what: str
-    # empty, or the version of cgroups on which alone it can be held, and why
+    # empty, or the only version of cgroups on which it can be judged, and why
     only: str
     quiet: Samples = field(default_factory=Samples)
     beside: Samples = field(default_factory=Samples)
@@ -60,7 +60,7 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
     def misses(self, goals: Goals) -> list[str]:
-        """What is not as it should be, in words."""
+        """Return each fault in words."""
         found = [*dict.fromkeys(self.attack.failures), *self.failures]
         found += [f"beside the loop: {failure}" for failure in dict.fromkeys(self.beside.failures)]
         found += [f"{fact.what}: {fact.found}" for fact in self.facts if not fact.held]
@@ -72,14 +72,14 @@ class Result:
         return found
 
     def ratio(self, operation: str, share: float) -> float | None:
-        """The victim's time beside the attacker, in that beside a busy loop of the same client."""
+        """The victim's time during the attack, divided by its time during a busy loop of the same client."""
         mine, other = self.attack.seconds[operation], self.beside.seconds[operation]
         if min(len(mine), len(other)) < LEAST_SAMPLES:
             return None
         return _at(mine, share) / max(_at(other, share), LEAST_SECONDS if share > 0.5 else 0.0)
 
     def lines(self, goals: Goals) -> list[str]:
-        """For a terminal: a line for the row, one for each operation and fact, one for the verdict."""
+        """Return lines for a terminal: one for the row, one for each operation and fact, and the verdict."""
         lines = [f"{self.name} ({self.entry}): {self.what}"]
         for operation in OPERATIONS:
             if not self.attack.seconds[operation] and not self.beside.seconds[operation]:
@@ -96,7 +96,7 @@ class Result:
         return [*lines, f"  {verdict}"]
 
     def data(self, goals: Goals) -> dict[str, Any]:
-        """For a file."""
+        """Return the results for a file."""
         operations = {}
         for operation in OPERATIONS:
             states = {"quiet": self.quiet, "beside": self.beside, "attack": self.attack}

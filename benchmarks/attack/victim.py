@@ -1,4 +1,4 @@
-"""The victim: a client that starts, asks, reads and stops, one after the other, with a deadline for each."""
+"""The victim: a client that starts, asks, reads and stops in turn, with a deadline for each."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
 
 OPERATIONS: Final = ("start", "Get", "read", "stop")
-# Nobody looks for what else goes wrong once two calls of a turn have: each may take as long as its deadline.
+# After two failed calls of a turn we stop it: each may take as long as its deadline.
 ENOUGH_FAILURES: Final = 2
 SLEEP: Final = pb.StartRequest(argv=pb.Argv(arguments=["sleep", "1000"]))
 COLD_FILES: Final = 64
@@ -29,11 +29,11 @@ class ColdFiles:
     """Files of the host that everybody may read, and whose pages can be dropped."""
 
     def __init__(self, directory: Path) -> None:
-        """Make them in an empty directory."""
+        """Make the files in an empty directory."""
         directory.mkdir()
         self.directory: Final = directory
         self.paths: Final = [directory / f"file-{number:02}" for number in range(COLD_FILES)]
-        # which of them the victim reads; an attack that is on one file has it read that one
+        # the files that the victim reads; during an attack on one file only that one
         self.wanted = self.paths
         for path in self.paths:
             with path.open("wb") as file:
@@ -42,14 +42,14 @@ class ColdFiles:
         self.evict()
 
     def evict(self, *paths: Path) -> None:
-        """Drop pages, as anybody may who can open a file; all of them without *paths*."""
+        """Drop the pages of *paths*, or of all files, as any user that can open a file may."""
         for path in paths or self.paths:
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
     def cold_one(self) -> Path:
-        """One of them, by chance, not in the page cache: or held there by a reader that waits for it."""
+        """Return a random file that is not in the page cache, or only for a reader that waits for it."""
         path = random.choice(self.wanted)  # noqa: S311 - whichever
         self.evict(path)
         return path
@@ -57,20 +57,20 @@ class ColdFiles:
 
 @dataclass(slots=True)
 class Samples:
-    """How long each operation took, and what never came or failed."""
+    """The duration of each operation, and the failed ones."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in OPERATIONS})
     failures: list[str] = field(default_factory=list)
 
     def add(self, other: "Samples") -> None:
-        """Those of another turn too."""
+        """Add the samples of another turn."""
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
         self.failures += other.failures
 
 
 class Victim:
-    """Works on, whatever happens beside it."""
+    """A client that goes on with its work during an attack."""
 
     def __init__(self, stub: JobWorkerServiceStub, cold: ColdFiles, deadline: float) -> None:
         """*deadline*: seconds after which an operation hangs."""
@@ -117,20 +117,20 @@ class Victim:
 
 
 def run_as_root(command: Sequence[str], deadline: float) -> None:
-    """A process of the host's root, to its end; TimeoutError when that does not come."""
+    """Run a process of the host's root to its end; TimeoutError when it does not end."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         process.wait(deadline)
     except subprocess.TimeoutExpired:
         process.kill()
-        # one that waits in the kernel may not end now; our own end does not wait for it
+        # one that waits in the kernel perhaps does not end now; our own end does not wait for it
         with suppress(subprocess.TimeoutExpired):
             process.wait(deadline)
         raise TimeoutError from None
 
 
 def why(error: Exception) -> str:
-    """What was wrong with a call or a read."""
+    """Return the fault of a call or a read in words."""
     if not isinstance(error, grpc.RpcError):
         return "hangs" if isinstance(error, TimeoutError) else str(error)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -139,6 +139,6 @@ def why(error: Exception) -> str:
 
 
 def why_not_stopped(error: Exception | None) -> str:
-    """What was wrong with a stop; nothing for a start that the server took back after its caller had gone."""
+    """Return the fault of a stop; none where the server took the start back after its caller had gone."""
     taken_back = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.NOT_FOUND
     return "" if error is None or taken_back else why(error)

@@ -65,7 +65,7 @@ def _table(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> I
                 for choice in action._choices_actions
             ]
             continue
-        # what an argument is for is in the description of its command, unless it has words of its own
+        # the description of a command explains each argument that has no help text
         plain = not action.option_strings and not action.help
         if plain or action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
             continue

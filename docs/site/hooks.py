@@ -1,4 +1,4 @@
-"""What the site has beside docs/*.md: generated references, and copies of what a page links to elsewhere.
+"""Add to the site, besides docs/*.md, generated references and copies of the files that a page links to.
 
 mkdocs calls these functions (`hooks` in mkdocs.yml). Nothing generated is committed, so nothing can be stale.
 """

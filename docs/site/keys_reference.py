@@ -56,7 +56,7 @@ def _limits(table: str) -> Iterator[str]:
     yield "| key | type | default |\n| --- | --- | --- |"
     for limit in dataclasses.fields(Limits):
         of_host = table == "ceilings" and limit.name in SUM_MINIMUM
-        default = "what the host can give" if of_host else f"`{getattr(defaults, limit.name)}`"
+        default = "all that the host has" if of_host else f"`{getattr(defaults, limit.name)}`"
         yield f"| `{limit.name}` | integer, at least 0 | {default} |"
     yield ""
 

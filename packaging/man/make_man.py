@@ -117,7 +117,7 @@ def roff(markdown: str) -> str:
 
 
 def table(tokens: Iterable[Token]) -> list[str]:
-    """Return a table's rows as definitions of what is in their first cells; a default stands beside that."""
+    """Return a table's rows as definitions of their first cells; a default stands next to the name."""
     rows: list[list[str]] = []
     for token in tokens:
         if token.type == "tr_open":
@@ -160,7 +160,7 @@ def inline(token: Token) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Text as itself: `\` and `-` have a meaning of their own, and no line may begin a request."""
+    r"""Return text that roff shows as it is: `\`, `-` and a first `.` mean something to it."""
     text = text.replace("\\", r"\e").replace("-", r"\-")
     return r"\&" + text if text[:1] in (".", "'") else text
 

@@ -168,7 +168,7 @@ struct options {
     int patterns_fd, artifacts_fd;
     int archive_fd; /* the program that unpacks the one and packs the other; -1 where there is neither */
     bool tool;      /* the order comes with that program, and the command is its */
-    bool image;     /* the job has a root of its own, and nothing of the host's */
+    bool image;     /* the job has its own root, and no file of the host */
     int image_fds[IMAGE_FDS_MAX],
         image_count; /* mounts of it: one that maps users, if there is one, and one that does not */
     bool image_read_only;

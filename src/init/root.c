@@ -1,5 +1,5 @@
 /*
- * The job's root: the visible file systems of the host, each as an overlay of its own. An overlay has inodes of its own, so
+ * The job's root: the visible file systems of the host, each as a separate overlay. An overlay has its own inodes, so
  * a job can neither lock the host's files nor watch them with inotify, nor reach a socket or a FIFO by its path. Two jobs
  * have two overlays, so they share none of that either. With one overlay for all jobs they would, and files that the host
  * replaced would stay old (both tried).

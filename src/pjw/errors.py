@@ -66,6 +66,10 @@ class LimitRangeError(InvalidJobError):
         self.most: Final = most
 
 
+class PageTokenError(InvalidJobError):
+    """The page token of a list is not one that this server gave, or belongs to a list with other filters."""
+
+
 class JobNotFoundError(PjwError):
     """No such job, by id or name, or none that this caller may know of: the two are never told apart."""
 
@@ -298,7 +302,18 @@ class ServerUnreachableError(PjwError):
 
 
 class LauncherGoneError(ServerUnreachableError):
-    """The launcher has died or the service is draining; running jobs go on."""
+    """The launcher has died, and nothing can be started or stopped; running jobs go on.
+
+    A client also gets this error from a server that ends.
+    """
+
+
+class ServerDrainingError(LauncherGoneError):
+    """The server ends, and takes no more calls; running jobs go on."""
+
+
+class WorkerClosedError(LauncherGoneError):
+    """The worker was closed during the call; running jobs go on."""
 
 
 class KernelError(PjwError):
@@ -322,12 +337,23 @@ class KernelError(PjwError):
         self.for_client = for_client
 
 
+class JobTableError(KernelError):
+    """SQLite cannot read, write or copy the table of jobs. The message has its reason, and `errno` is 0."""
+
+    def __init__(self, operation: str, path: str, why: Exception) -> None:
+        super().__init__(operation, f"{path} ({why})", 0)
+
+
 class ProtocolError(PjwError):
     """Worker and launcher disagree about their messages: a bug, or a hostile peer."""
 
 
 class ConfigError(PjwError):
     """The operator's fault: a setting, a file or this host does not allow the request."""
+
+
+class TerminalError(ConfigError):
+    """A command needs a terminal and has none, or cannot write to the terminal that it has."""
 
 
 class ServerFailedError(PjwError):

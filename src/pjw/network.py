@@ -23,7 +23,7 @@ _HOST_MAX: Final = 253
 _LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 # Forms that a resolver would take for an address: 127.1, 0177.0.0.1, 2130706433, 0x7f.1 (inet_aton(3)).
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
-# Each job that shares a network with others has 64 addresses of its own there.
+# Each job that shares a network with others has its own 64 addresses there.
 _FIRST_ADDRESS: Final = 0x7F40_0000
 _ADDRESSES_OF_A_JOB: Final = 64
 _JOBS_APART: Final = 1 << 16

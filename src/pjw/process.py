@@ -3,9 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, Self, overload
 
 from pjw.errors import ConfigError, describe_errno
 
@@ -33,6 +33,47 @@ def close_all(descriptors: list[int]) -> None:
     while descriptors:
         with suppress(OSError):
             os.close(descriptors.pop())
+
+
+class OwnedFds(Sequence[int]):
+    """Descriptors with one owner, which closes them unless it has handed them over.
+
+    A `with` statement closes the ones that are left at its end.
+    """
+
+    def __init__(self, descriptors: Iterable[int] = ()) -> None:
+        """Become the owner of *descriptors*."""
+        self._held: Final = list(descriptors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._held[index]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def take(self, index: int = -1) -> int:
+        """Hand one descriptor over to the caller."""
+        return self._held.pop(index)
+
+    def take_all(self) -> "OwnedFds":
+        """Hand all descriptors over to a new owner."""
+        taken = OwnedFds(self._held)
+        self._held.clear()
+        return taken
+
+    def close(self) -> None:
+        """Close the descriptors that were not handed over."""
+        close_all(self._held)
 
 
 def unblock_signals() -> None:

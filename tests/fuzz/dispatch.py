@@ -22,10 +22,12 @@ from functools import cache
 from typing import Any, Final
 
 from pjw.errors import JobStateError, MountError, ProtocolError
-from pjw.launcher import dispatch, protocol
+from pjw.launcher import dispatch, jobs, launches, protocol, sessions
 from pjw.launcher.cdi import Device, Edit, Edits
-from pjw.launcher.dispatch import Launcher, Running
+from pjw.launcher.dispatch import Launcher
+from pjw.launcher.jobs import Running
 from pjw.launcher.mounts import Mounts, Source, Then
+from pjw.launcher.phases import InitPhase
 from pjw.launcher.policy import JOB_ID_MAX
 from pjw.launcher.processes import ENTERED_SIGNAL, INIT_SIGNAL_FIRST
 from pjw.launcher.workspaces import Workspaces
@@ -103,7 +105,7 @@ class RunningCgroup(Cgroup):
 
 
 class Entries:
-    """In the place of the pool, for who enters a job: only its own client does, and only a job that runs."""
+    """A stand-in for the spawner: only a job's own client enters it, and only while it runs."""
 
     def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
         """No session is ever made."""
@@ -295,16 +297,17 @@ def one_input(data: bytes) -> None:
 def _running_job(launcher: Launcher) -> Iterator[None]:
     """Have the launcher know a job that runs; nobody may send anything to the process that stands for it."""
     pidfd = os.pidfd_open(os.getpid())
-    launcher._jobs[RUNNING_JOB] = Running(pidfd, RunningCgroup(), 0)  # type: ignore[arg-type]
-    entries = Entries()
-    launcher._pool.enter, launcher._pool.connect = entries.enter, entries.connect  # type: ignore[assignment,method-assign]
-    launcher._scratch.owner = lambda job_id: UID_FIRST if job_id == RUNNING_JOB else 0  # type: ignore[method-assign]
+    launcher.jobs.add(RUNNING_JOB, Running(pidfd, RunningCgroup(), 0))  # type: ignore[arg-type]
+    parts, entries = launcher.parts, Entries()
+    parts.phases.move(RUNNING_JOB, InitPhase.RUNNING)
+    parts.spawner.enter, parts.spawner.connect = entries.enter, entries.connect  # type: ignore[assignment,method-assign]
+    parts.scratch.owner = lambda job_id: UID_FIRST if job_id == RUNNING_JOB else 0  # type: ignore[method-assign]
     try:
         yield
     finally:
-        job = launcher._jobs.pop(RUNNING_JOB)
-        # no request lets go of what runs
-        assert job.pidfd == pidfd
+        # no request lets go of a job that runs
+        assert launcher.jobs[RUNNING_JOB].pidfd == pidfd
+        launcher.jobs.forget(RUNNING_JOB)
         os.close(pidfd)
 
 
@@ -398,11 +401,13 @@ def _stand_ins() -> Iterator[None]:
         "read_devices": _read_devices,
         "send_signal": _send_signal,
     }
-    real = {name: getattr(dispatch, name) for name in names}
-    for name, stand_in in names.items():
-        setattr(dispatch, name, stand_in)
+    rooms = (dispatch, jobs, launches, sessions)
+    real = [(room, name, getattr(room, name)) for room in rooms for name in names if hasattr(room, name)]
+    assert {name for _, name, _ in real} == names.keys()
+    for room, name, _ in real:
+        setattr(room, name, names[name])
     try:
         yield
     finally:
-        for name, function in real.items():
-            setattr(dispatch, name, function)
+        for room, name, function in real:
+            setattr(room, name, function)

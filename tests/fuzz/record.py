@@ -2,7 +2,7 @@
 
 from dataclasses import astuple
 
-from pjw.launcher.accounts import ACCOUNTS_OFFSET
+from pjw.launcher.protocol import ACCOUNTS_OFFSET
 from pjw.worker.status_record import parse_record
 
 

@@ -69,7 +69,7 @@ def test_a_sweep(make_service: Callable[..., Service]) -> None:
     )
     assert service.ok("wait", last) == "0\n"
     assert service.pjw("wait", f"{sweep}_5").stderr.decode() == (
-        f"pjw: error: job {sweep}_5 was never started: somebody stopped it before its turn came\n"
+        f"pjw: error: job {sweep}_5 was never started: it was stopped before its turn came\n"
     )
     lines = [
         json.loads(line)

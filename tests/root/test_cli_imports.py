@@ -6,15 +6,19 @@ from typing import Final
 
 from tests.support.service import BIN, Service
 
+# Python does not list what importlib imports: pjw.cli.commands, where `get` is.
 OURS: Final = frozenset(
     """\
-pjw pjw.amounts pjw.arrays pjw.certs pjw.certs.files pjw.cli pjw.cli.commands pjw.cli.connection
-pjw.cli.exits pjw.cli.main pjw.cli.parser pjw.cli.render pjw.cli.subcommands pjw.cli.terminal
-pjw.cli.units pjw.client pjw.client.base pjw.client.channel pjw.client.config pjw.client.requests
-pjw.client.retry pjw.client.sync pjw.errors pjw.given pjw.model pjw.process pjw.rpc pjw.rpc.convert
-pjw.rpc.status pjw.v1 pjw.v1.job_worker_pb2 pjw.v1.job_worker_pb2_grpc
+pjw pjw.amounts pjw.arrays pjw.certs pjw.certs.files pjw.cli pjw.cli.connection pjw.cli.exits
+pjw.cli.main pjw.cli.options pjw.cli.parser pjw.cli.render pjw.cli.terminal pjw.cli.units pjw.client
+pjw.client.base pjw.client.channel pjw.client.config pjw.client.requests pjw.client.retry
+pjw.client.sync pjw.errors pjw.given pjw.model pjw.model.job pjw.model.limits pjw.model.offers
+pjw.model.spec pjw.process pjw.rpc pjw.rpc.convert pjw.rpc.status pjw.v1 pjw.v1.job_worker_pb2
+pjw.v1.job_worker_pb2_grpc
 """.split()  # noqa: SIM905  one a line would be forty lines
 )
+# What `pjw start` imports of the command line instead of `pjw.cli.render`.
+OF_START: Final = frozenset({"pjw.cli.spec", "pjw.cli.stdin"})
 MESSAGES: Final = "the messages of gRPC"
 OF_PROTOBUF: Final = "protobuf imports it"
 # Of everything else the top level: of the standard library, and of others.
@@ -59,3 +63,12 @@ def test_get_imports_nothing_without_a_reason(service: Service) -> None:
     ours = {name for name in beyond if name.partition(".")[0] == "pjw"}
     others = {name.partition(".")[0] for name in beyond - ours} - IN_SOME_PYTHONS
     assert (sorted(ours), sorted(others)) == (sorted(OURS), sorted(REASONS))
+
+
+def test_start_imports_no_other_command(service: Service) -> None:
+    """The table of commands names the function that carries one out, and imports no other."""
+    done = service.pjw("start", "true", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0, done.stderr
+    ours = {name for name in imported(done.stderr.decode()) if name.startswith("pjw.cli.")}
+    expected = {name for name in OURS if name.startswith("pjw.cli.")} - {"pjw.cli.render"} | OF_START
+    assert sorted(ours) == sorted(expected)

@@ -146,7 +146,7 @@ def test_whose_input_it_is_and_when_it_ends(two: Cluster) -> None:
                 assert second.offset == 1
                 assert first.end() == (
                     grpc.StatusCode.FAILED_PRECONDITION,
-                    f"somebody else has begun to write to the input of job {job_id}",
+                    f"another WriteInput call for job {job_id} took over",
                 )
                 # it hears of the job's end, though it says nothing
                 client.stop(job_id, grace=0)

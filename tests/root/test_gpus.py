@@ -17,7 +17,7 @@ import pytest
 
 from pjw.client.sync import Client
 from pjw.errors import GpuError, LimitReachedError
-from pjw.launcher.dispatch import JOB_DESCRIPTORS
+from pjw.launcher.jobs import JOB_DESCRIPTORS
 from pjw.launcher.protocol import GpuNames, Gpus, Launched, Refused
 from pjw.model import EndReason, GpuOffer, Job, JobSpec, JobState, QueueSpec, Retry
 from tests.root.conftest import finish

@@ -14,7 +14,7 @@ import pytest
 
 from pjw.errors import LaunchError, LimitReachedError
 from pjw.launcher import protocol
-from pjw.launcher.dispatch import SPARE_DESCRIPTORS
+from pjw.launcher.launches import SPARE_DESCRIPTORS
 from pjw.launcher.protocol import Departed, Done, JobIdPage, JobIds, Launch, Launched, Refused
 from pjw.model import JobSpec
 from pjw.worker.settings import WAITING_INITS, Quotas
@@ -25,8 +25,8 @@ from tests.support.worker_harness import DEADLINE_SECONDS, NO_LIMITS, Bench
 # the launcher, but what takes it seconds to give up takes a moment
 HASTY = """#!{python} -IB
 import sys
-from pjw.launcher import __main__, dispatch
-dispatch.SETTLE_SECONDS = 0.1
+from pjw.launcher import __main__, launches
+launches.SETTLE_SECONDS = 0.1
 sys.exit(__main__.main())
 """
 

@@ -16,7 +16,7 @@ import pytest
 
 from pjw.client.sync import Client
 from pjw.errors import InvalidJobError, MountError, MountNotFoundError
-from pjw.launcher.dispatch import JOB_DESCRIPTORS
+from pjw.launcher.jobs import JOB_DESCRIPTORS
 from pjw.launcher.protocol import Launched, Refused, ReloadMounts
 from pjw.model import EndReason, Job, JobSpec, JobState, Mount, MountSource, QueueSpec, Retry
 from tests.root.conftest import finish

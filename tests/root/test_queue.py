@@ -129,7 +129,7 @@ async def test_stop_in_the_queue(bench: Bench) -> None:
     assert (stopped.exit_status, stopped.usage, stopped.was_started) == (None, None, False)
     assert stopped.end is not None
     assert stopped.end >= stopped.start == stopped.queued
-    assert (stopped.detail, stopped.held) == ("somebody stopped it before its turn came", False)
+    assert (stopped.detail, stopped.held) == ("it was stopped before its turn came", False)
     async with asyncio.timeout(DEADLINE_SECONDS):
         assert await end == stopped
         assert await output == b""

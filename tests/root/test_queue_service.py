@@ -82,7 +82,7 @@ def test_a_session(make_service: Callable[..., Service]) -> None:
     assert (stopped["start"], stopped["usage"]) == (None, None)
     assert service.refused("wait", later) == (
         1,
-        f"pjw: error: job {later} was never started: somebody stopped it before its turn came\n",
+        f"pjw: error: job {later} was never started: it was stopped before its turn came\n",
     )
     assert service.ok("logs", later) == ""
     assert service.ok("rm", later) == f"{later}\n"

@@ -427,7 +427,7 @@ async def test_an_output_that_is_cut_short_while_its_job_runs(bench: Bench) -> N
     async with aclosing(worker.logs(job.id)) as chunks:
         assert await anext(chunks) == b"before\n"
         os.truncate(output, 0)
-        with pytest.raises(OutputLostError, match="cut its file short; 0 bytes are left"):
+        with pytest.raises(OutputLostError, match="was cut short; 0 bytes are left"):
             await anext(chunks)
     async with aclosing(worker.logs(job.id)) as chunks:
         ended = asyncio.ensure_future(worker.stop(job.id))

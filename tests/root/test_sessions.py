@@ -25,7 +25,7 @@ from pjw.launcher.protocol import SESSIONS_MAX
 from pjw.model import EndReason, ExitStatus, JobSpec, JobState, Session
 from pjw.worker import Part, Worker
 from pjw.worker import sessions as sessions_module
-from pjw.worker.session_files import Asked, SessionFiles
+from pjw.worker.session_files import SessionFiles, SessionRequest
 from pjw.worker.state_dir import StateDir
 from tests.support.service import spawner_of, wait_for
 from tests.support.worker_harness import (
@@ -464,7 +464,7 @@ async def test_no_two_sessions_have_one_number(bench: Bench) -> None:
     (bench.state / "jobs" / "1").mkdir(parents=True)
     with closing(StateDir(str(bench.state), os.geteuid())) as state:
         files = SessionFiles(state)
-        asked = Asked("true", 0)
+        asked = SessionRequest("true", 0)
         made = await asyncio.gather(*(asyncio.to_thread(files.create, 1, asked, None) for _ in range(200)))
         for each in made:
             for descriptor in each.descriptors:

@@ -21,11 +21,13 @@ from pjw.launcher.cgroup import open_hierarchy
 from pjw.launcher.departures import Departures
 from pjw.launcher.image_store import ImageStore
 from pjw.launcher.images import Images
-from pjw.launcher.inits import Init, Pool
+from pjw.launcher.inits import Init, InitPool
+from pjw.launcher.phases import Phases
 from pjw.launcher.policy import Policy, instance_name
 from pjw.launcher.processes import Watcher
 from pjw.launcher.protocol import Hello, Launch
 from pjw.launcher.scratch import Scratch
+from pjw.launcher.spawn import Spawner
 from pjw.launcher.workspaces import Workspaces
 from pjw.model import ExitStatus
 from pjw.worker import Worker
@@ -192,7 +194,7 @@ async def test_a_job_sees_what_was_installed_before_its_start(bench: Bench, work
     await worker.stop(job.id, grace_seconds=0)
 
 
-def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[Pool, Callable[[], None]]:
+def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[InitPool, Callable[[], None]]:
     """A pool of this process, and what ends it."""
     hello = Hello(
         state_dir=str(bench.state),
@@ -214,7 +216,8 @@ def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[Pool
         ImageStore(hello.state_dir, scratch.places), Workspaces(hello.state_dir, hello.uid_first), scratch
     )
     policy, departures = Policy.from_hello(hello), Departures(watcher)
-    pool = Pool(watcher, policy, hierarchy, scratch, departures, images, oldest_seconds)
+    spawner, phases = Spawner(watcher, policy, scratch.directory), Phases()
+    pool = InitPool(watcher, policy, hierarchy, scratch, departures, images, phases, spawner, oldest_seconds)
 
     # the services of other tests among them
     children = Path("/proc/thread-self/children")
@@ -226,6 +229,7 @@ def pool_of(bench: Bench, watcher: Watcher, oldest_seconds: float) -> tuple[Pool
 
     def end() -> None:
         pool.close()
+        spawner.close()
         wait_for(are_collected)
         hierarchy.release()
         scratch.close()

@@ -19,6 +19,7 @@ from pjw.errors import (
     LaunchError,
     LimitReachedError,
     OffsetError,
+    WorkerClosedError,
 )
 from pjw.model import EndReason, ExitStatus, JobState, Limits
 from pjw.worker import Part, Worker
@@ -382,7 +383,8 @@ async def test_waiters_are_told_when_the_worker_closes(bench: Bench) -> None:
     await bench.close(worker)
     async with asyncio.timeout(5):
         results = await asyncio.gather(*waiting, return_exceptions=True)
-    assert [type(result) for result in results] == [LauncherGoneError] * 3
+    # two of them wait for the launcher, and one for output
+    assert [type(result) for result in results] == [LauncherGoneError, LauncherGoneError, WorkerClosedError]
 
 
 async def test_a_wait_for_a_job_that_never_came_to_be_ends(worker: Worker) -> None:

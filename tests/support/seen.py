@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.gateway.nodes import Session
+from pjw.gateway.nodes import NodeSession
 
 # the rest of the program, and what is under way
 _ELSEWHERE: Final = (
@@ -69,7 +69,7 @@ def tables_opened(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
     return found
 
 
-def told(session: Session) -> list[pb.SessionResponse]:
+def told(session: NodeSession) -> list[pb.SessionResponse]:
     """What a node has been told since the last look; call it where an event loop runs."""
     messages, found = session.messages(), []
     while True:

@@ -32,7 +32,7 @@ from google.protobuf.descriptor import FieldDescriptor
 import pjw
 from pjw import errors, process, worker
 from pjw.certs import authority
-from pjw.cli import events, exits, parser, quota, render, stats
+from pjw.cli import events, exits, options, parser, quota, render, stats
 from pjw.client import config as client_config
 from pjw.client.requests import UsageHistory
 from pjw.model import (
@@ -96,7 +96,7 @@ def python() -> Iterator[str]:
         yield from _class(named[kind], kind, met)
         for each in met:
             if each not in named:
-                place = "pjw.model." if each.__module__ == "pjw.model" else ""
+                place = "pjw.model." if each.__module__.startswith("pjw.model.") else ""
                 named[each] = f"{place}{each.__qualname__}"
                 waiting.append(each)
 
@@ -266,7 +266,7 @@ def _command(command: argparse.ArgumentParser) -> Iterator[str]:
                 yield f"{name} {action.option_strings[-1] if action.option_strings else shown} {choice}"
     yield f"{name}{arguments}"
     if name == "pjw list":
-        yield from (f"pjw list --format {each}" for each in (*parser._FORMATS, "template:"))
+        yield from (f"pjw list --format {each}" for each in (*options.FORMATS, "template:"))
 
 
 _VALUES: Final[Mapping[int | str, str]] = {

@@ -12,7 +12,7 @@ from pjw.output import Inotify, OutputLog
 from pjw.worker.artifacts import judge, patterns_file, require_kept
 from pjw.worker.job import LiveJob
 from pjw.worker.job_rows import from_ns
-from pjw.worker.status_record import End, Kept, Packing
+from pjw.worker.status_record import End, KeptArtifacts, Packing
 
 KEPT, EMPTY, FAILED = ArtifactsState.KEPT, ArtifactsState.EMPTY, ArtifactsState.FAILED
 
@@ -41,7 +41,7 @@ def test_what_has_become_of_them(
     size: int | None, packing: Packing | None, words: str, state: ArtifactsState, detail: str
 ) -> None:
     """Nothing is kept that is not whole."""
-    found = judge(size, None if packing is None else Kept(packing, words))
+    found = judge(size, None if packing is None else KeptArtifacts(packing, words))
     assert found == Artifacts(state, size or 0 if state is KEPT else 0, detail)
 
 
@@ -56,7 +56,7 @@ def test_what_has_become_of_them(
 )
 def test_why_it_was_ended(packing: Packing, words: str, *, oom_killed: bool, disk_limit: bool) -> None:
     """What init cannot know: who has killed the program, and why the job was stopped."""
-    found = judge(None, Kept(packing, ""), oom_killed=oom_killed, disk_limit=disk_limit)
+    found = judge(None, KeptArtifacts(packing, ""), oom_killed=oom_killed, disk_limit=disk_limit)
     assert found == Artifacts(FAILED, detail=words)
 
 

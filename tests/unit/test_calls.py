@@ -8,7 +8,7 @@ import pytest
 from pjw.errors import LauncherGoneError, NotAuthenticatedError, PjwError
 from pjw.model import Identity
 from pjw.server.authz import Peer
-from pjw.server.calls import Call, Calls
+from pjw.server.calls import Calls, RunningCall
 
 DAY_SECONDS = 86_400.0
 
@@ -20,7 +20,7 @@ def peer_for(seconds: float) -> Peer:
 
 async def run(calls: Calls, peer: Peer, begun: asyncio.Event | None = None) -> PjwError | None:
     """A call that lasts until it is ended; why it was."""
-    call = Call(peer, "Get", None)
+    call = RunningCall(peer, "Get", None)
     calls.add(call)
     if begun is not None:
         begun.set()

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from pjw.certs import authority
 from pjw.certs.authority import Pair, make_authority, make_client, make_server
-from pjw.certs.checks import Role, fault_of
+from pjw.certs.checks import Purpose, fault_of
 from pjw.certs.credentials import diagnose_client, load_server_credentials
 from pjw.certs.identity import identity_of
 from pjw.errors import ConfigError
@@ -63,12 +63,12 @@ def test_each_end_has_its_own_certificate(ca: Pair) -> None:
             fault_of(parsed(pair), role) is None
             for pair in (ca, make_server(ca, ["a"]), make_client(ca, "john"))
         ]
-        for role in Role
+        for role in Purpose
     }
     assert fits == {
-        Role.CA: [True, False, False],
-        Role.SERVER: [False, True, False],
-        Role.CLIENT: [False, False, True],
+        Purpose.CA: [True, False, False],
+        Purpose.SERVER: [False, True, False],
+        Purpose.CLIENT: [False, False, True],
     }
 
 
@@ -137,7 +137,7 @@ def test_no_host_is_refused(ca: Pair) -> None:
 def test_long_host_fits(ca: Pair) -> None:
     """A host name longer than a CN can be still gets its certificate."""
     host = ".".join(["a" * 60] * 3)
-    assert fault_of(parsed(make_server(ca, [host])), Role.SERVER) is None
+    assert fault_of(parsed(make_server(ca, [host])), Purpose.SERVER) is None
 
 
 def test_validity(ca: Pair) -> None:
@@ -268,7 +268,7 @@ def test_other_ca_can_issue(key: certs_factory.Key) -> None:
     made = certs_factory.make_ca(key=key)
     leaf = parsed(make_client(Pair(made.crt_pem, made.key_pem), "john"))
     leaf.verify_directly_issued_by(made.certificate)
-    assert fault_of(leaf, Role.CLIENT) is None
+    assert fault_of(leaf, Purpose.CLIENT) is None
 
 
 def test_own_identifier_of_the_ca_is_used() -> None:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtensionOID
 
-from pjw.certs.checks import Role, fault_of
+from pjw.certs.checks import Purpose, fault_of
 from pjw.certs.credentials import check_leaf, diagnose_client, load_server_credentials
 from pjw.errors import ConfigError, NotAuthenticatedError
 from tests.support import certs_factory
@@ -103,7 +103,9 @@ def test_leaf_expires_between_two_requests(ca: Made) -> None:
 def test_md5_is_refused() -> None:
     """MD5 is no better than SHA-1."""
     leaf = certs_factory.issue_by_openssl(make_ca(key=certs_factory.rsa_key()), "md5")
-    assert fault_of(leaf.certificate, Role.CLIENT) == "it is signed with MD5, and at least SHA256 is required"
+    assert (
+        fault_of(leaf.certificate, Purpose.CLIENT) == "it is signed with MD5, and at least SHA256 is required"
+    )
 
 
 def test_pss_only_key_is_refused(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_pss_only_key_is_refused(tmp_path: Path) -> None:
     files = ["-keyout", "key", "-out", "crt", "-subj", "/CN=john"]
     subprocess.run([*command, *files], cwd=tmp_path, check=True, capture_output=True)
     certificate = x509.load_pem_x509_certificate((tmp_path / "crt").read_bytes())
-    assert "for PSS alone" in str(fault_of(certificate, Role.CLIENT))
+    assert "for PSS alone" in str(fault_of(certificate, Purpose.CLIENT))
 
 
 def test_malformed_extension_is_a_fault(ca: Made) -> None:

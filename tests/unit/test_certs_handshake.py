@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from pjw.certs import authority
-from pjw.certs.checks import Role, fault_of
+from pjw.certs.checks import Purpose, fault_of
 from pjw.certs.identity import identity_of
 from tests.support import certs_factory
 from tests.support.certs_factory import (
@@ -91,7 +91,7 @@ def test_servers_and_cas_agree_with_grpc(tmp_path: Path) -> None:
         for suffix, made in (("ca", ca), ("server", server), ("client", issue(ca))):
             made.write(tmp_path, f"{number}{suffix}")
         triples.append((f"{base}ca", f"{base}server", f"{base}client"))
-        faults = (fault_of(ca.certificate, Role.CA), fault_of(server.certificate, Role.SERVER))
+        faults = (fault_of(ca.certificate, Purpose.CA), fault_of(server.certificate, Purpose.SERVER))
         expected[name] = faults == (None, None)
     assert {
         name: answer is not None for name, answer in zip(cases, connect(*triples), strict=True)

@@ -7,7 +7,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from pjw.certs import authority
-from pjw.certs.checks import Role, fault_of, is_for, key_matches, parse_certificates, parse_key
+from pjw.certs.checks import Purpose, fault_of, is_for, key_matches, parse_certificates, parse_key
 from pjw.certs.credentials import diagnose_client, load_server_credentials
 from pjw.certs.identity import NameRules, identity_of, node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
@@ -34,8 +34,8 @@ def parsed(path: Path) -> x509.Certificate:
 def test_a_nodes_certificate_is_good_for_both_ends(certs: Path) -> None:
     """As a server's for its own name and its hosts, as a client's, and for no other node's name."""
     certificate = parsed(certs / "node-n1.crt")
-    assert fault_of(certificate, Role.SERVER) is None
-    assert fault_of(certificate, Role.CLIENT) is None
+    assert fault_of(certificate, Purpose.SERVER) is None
+    assert fault_of(certificate, Purpose.CLIENT) is None
     for host in ("n1.node.pjw.internal", "10.0.0.1", "box.example.org"):
         assert is_for(certificate, host)
     assert not is_for(certificate, "n2.node.pjw.internal")

@@ -42,7 +42,7 @@ assert LIMIT_WORDS["memory_high_bytes"]
 REASON = """
 from datetime import UTC, datetime
 
-from pjw.cli.commands import why_ended
+from pjw.cli.exits import why_ended
 from pjw.cli.parser import build_parser
 from pjw.model import EndReason, ExitStatus, Job, JobState, Limits
 from pjw.v1 import job_worker_pb2 as pb

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 from queue import SimpleQueue
 
-from pjw.cli.run import Event, Interrupt, interrupts_into
+from pjw.cli.interrupts import Interrupt, interrupts_into
+from pjw.cli.run import Event
 from tests.support.service import wait_for
 
 

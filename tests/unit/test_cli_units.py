@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pjw.cli import units
-from pjw.cli.subcommands import size_or_pattern
+from pjw.cli.options import size_or_pattern
 
 
 @pytest.mark.parametrize(

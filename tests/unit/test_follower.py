@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import KernelError, LauncherGoneError, OffsetError, OutputLostError
-from pjw.output import Head, Inotify, OutputLog, follow
+from pjw.errors import KernelError, OffsetError, OutputLostError, WorkerClosedError
+from pjw.output import FramePrefix, Inotify, OutputLog, follow
 from pjw.output.follower import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from pjw.output.log import SHARED_BYTES_MAX, Piece, read_at
 from tests.support.seen import kept_by, watches
@@ -100,7 +100,7 @@ async def test_a_file_that_was_cut_short_has_no_clean_end(growing: Growing) -> N
     for present_only in (False, True):
         chunks = follow(growing.log, present_only=present_only)
         assert await anext(chunks) == b"left"
-        with pytest.raises(OutputLostError, match="cut its file short; 4 bytes are left"):
+        with pytest.raises(OutputLostError, match="was cut short; 4 bytes are left"):
             await anext(chunks)
 
 
@@ -154,7 +154,7 @@ async def test_a_silent_file_wakes_nobody(growing: Growing, monkeypatch: pytest.
     """While nothing is written a follower reads nothing: it waits for the kernel, not for a clock."""
     reads = 0
 
-    async def counted(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
+    async def counted(descriptor: int, offset: int, count: int, head: FramePrefix) -> tuple[int, bytes]:
         nonlocal reads
         reads += 1
         return await read_at(descriptor, offset, count, head)
@@ -185,7 +185,9 @@ async def test_a_write_between_read_and_wait(growing: Growing, monkeypatch: pyte
     """The lost wake-up: bytes that come just after a read found nothing are not left lying."""
     words = [b"one"]
 
-    async def read_then_write(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
+    async def read_then_write(
+        descriptor: int, offset: int, count: int, head: FramePrefix
+    ) -> tuple[int, bytes]:
         got, chunk = await read_at(descriptor, offset, count, head)
         if not got and words:
             growing.append(words.pop())
@@ -211,7 +213,7 @@ async def test_a_line_is_read_once_for_all(growing: Growing, monkeypatch: pytest
     """Its followers share one piece of memory; one that wants another head has its own."""
     reads: list[int] = []
 
-    async def counted(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
+    async def counted(descriptor: int, offset: int, count: int, head: FramePrefix) -> tuple[int, bytes]:
         reads.append(offset)
         return await read_at(descriptor, offset, count, head)
 
@@ -265,7 +267,7 @@ async def test_a_wake_up_during_a_read(growing: Growing, monkeypatch: pytest.Mon
     """The other lost wake-up: news of bytes that a slow read did not see, come before it returns."""
     appended = False
 
-    async def slow(descriptor: int, offset: int, count: int, head: Head) -> tuple[int, bytes]:
+    async def slow(descriptor: int, offset: int, count: int, head: FramePrefix) -> tuple[int, bytes]:
         nonlocal appended
         got, chunk = await read_at(descriptor, offset, count, head)
         if not got and not appended:
@@ -363,7 +365,7 @@ async def test_an_abandoned_log(growing: Growing) -> None:
     growing.append(b"words")
     growing.log.abandon()
     async with asyncio.timeout(DEADLINE_SECONDS):
-        with pytest.raises(LauncherGoneError):
+        with pytest.raises(WorkerClosedError):
             await reading
     assert got == [b"words"]
 

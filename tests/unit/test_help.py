@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.cli.help import commands_of
-from pjw.cli.parser import build_parser
+from pjw.cli.parser import build_parser, commands_of
 from pjw.cli.topics import TOPICS
 from pjw.model import KNOWN_STATES, EndReason
 from tests.support.service import BIN

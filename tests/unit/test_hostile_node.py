@@ -13,10 +13,10 @@ from pjw.cluster.v1 import cluster_pb2 as cpb
 from pjw.errors import InvalidJobError, OutputLostError
 from pjw.gateway import archiving
 from pjw.gateway import nodes as nodes_module
-from pjw.gateway.archive import Archive, open_directory
+from pjw.gateway.archive import OutputArchive, open_directory
 from pjw.gateway.archiving import Archiver
-from pjw.gateway.node_sessions import Sessions
-from pjw.gateway.nodes import Node, Nodes, Session
+from pjw.gateway.node_sessions import NodeSessions
+from pjw.gateway.nodes import Node, Nodes, NodeSession
 from pjw.gateway.placement_rows import NodeRow
 from pjw.model import Job, JobState, Limits
 from pjw.rpc.convert import job_to_message
@@ -38,7 +38,7 @@ async def say(**message: Message) -> None:
     store: Any = SimpleNamespace(transact=transact, sync=transact)
     nothing: Any = None
     nodes = Nodes(store, nothing, 5, 60)
-    sessions = Sessions(store, nodes, placements, nothing, nothing, nothing)
+    sessions = NodeSessions(store, nodes, placements, nothing, nothing, nothing)
 
     async def requests() -> AsyncIterator[cpb.SessionRequest]:
         yield cpb.SessionRequest(hello=cpb.Hello(node="n1", session="x", uid_count=1))
@@ -77,7 +77,7 @@ async def test_an_end_with_impossible_numbers_is_refused(stored: int) -> None:
 def test_a_node_that_does_not_read_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of its heartbeats is answered: the answers would fill the gateway's memory."""
     monkeypatch.setattr(nodes_module, "UNREAD_MAX", 5)
-    session = Session(cpb.Hello(node="n1", session="x"))
+    session = NodeSession(cpb.Hello(node="n1", session="x"))
     for _ in range(6):
         session.say(cpb.SessionResponse(heartbeat=cpb.Heartbeat()))
     assert session.over.is_set()
@@ -86,7 +86,7 @@ def test_a_node_that_does_not_read_loses_its_session(monkeypatch: pytest.MonkeyP
 
 async def test_an_output_without_end_fills_no_archive(tmp_path: Path) -> None:
     """The copy ends with the bytes that the node has told before."""
-    archive = Archive(open_directory(str(tmp_path)), str(tmp_path))
+    archive = OutputArchive(open_directory(str(tmp_path)), str(tmp_path))
 
     class Endless:
         """The answer of a node."""
@@ -119,7 +119,7 @@ async def test_two_sessions_at_once_and_a_drain_between() -> None:
     store: Any = SimpleNamespace(transact=transact, sync=slow.wait)
     nothing: Any = None
     nodes = Nodes(store, nothing, 5, 60)
-    sessions = [Session(cpb.Hello(node="n1", session=each, uid_count=1)) for each in "ab"]
+    sessions = [NodeSession(cpb.Hello(node="n1", session=each, uid_count=1)) for each in "ab"]
     calls = [asyncio.ensure_future(nodes.connected(each)) for each in sessions]
     await asyncio.sleep(0)
     calls.append(asyncio.ensure_future(nodes.drain("n1", drained=True)))
@@ -141,7 +141,7 @@ async def test_a_job_that_is_removed_before_it_was_copied_is_held_no_longer(
     nothing: Any = None
     archiver = Archiver(nothing, nothing, nothing, nothing)
     node = Node(NODE.row, 0.0)
-    node.session = Session(cpb.Hello(node="n1", session="x"))
+    node.session = NodeSession(cpb.Hello(node="n1", session="x"))
     assert [archiver.holds(node, 1, "u"), archiver.holds(node, 2, "v")] == [True, False]
     archiver.let_go(node, [1])
     assert [message.ack.uuid for message in told(node.session)] == ["u"]

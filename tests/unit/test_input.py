@@ -223,7 +223,7 @@ async def test_a_write_is_over_also_when_the_next_writer_was_cancelled(
     assert (len(opened), first.done(), third.done()) == (1, False, False)
     may_go_on.set()
     await third
-    with pytest.raises(JobStateError, match="somebody else"):
+    with pytest.raises(JobStateError, match="took over"):
         await first
     assert (path.read_bytes(), opened[1].offset) == (b"abcabc", 6)
     assert "job 1" not in texts_kept_by(inputs)

@@ -76,6 +76,10 @@ def test_of_pjw_it_loads_its_own_room_and_four_pages() -> None:
         "pjw.errors",
         "pjw.process",
         "pjw.model",
+        "pjw.model.job",
+        "pjw.model.limits",
+        "pjw.model.offers",
+        "pjw.model.spec",
         "pjw.network",
     }
 

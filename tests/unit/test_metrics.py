@@ -15,6 +15,7 @@ from pjw.errors import (
     NameTakenError,
     NotAllowedError,
     ProtocolError,
+    ServerDrainingError,
     WorkdirError,
 )
 from pjw.server import metrics
@@ -46,6 +47,7 @@ def counted(record: CallRecord) -> list[str]:
         (NotAllowedError("x"), "refused"),
         (JobNotFoundError(1), "refused"),
         (LauncherGoneError("x"), "refused"),
+        (ServerDrainingError("x"), "refused"),
         (LaunchError("/x", errno.ENOENT), "not_executable"),
         (KernelError("make", "x", errno.EIO), "failed"),
         (ProtocolError("x"), "failed"),

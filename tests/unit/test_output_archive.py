@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError, OffsetError, OutputLostError
-from pjw.gateway.archive import Archive, open_directory
+from pjw.gateway.archive import OutputArchive, open_directory
 from pjw.model import Job, JobState, Limits
 from pjw.worker import Part
 
@@ -19,14 +19,14 @@ JOB = Job(7, "alice", "true", JobState.EXITED, Limits(), NOW, NOW, output_bytes=
 
 
 @pytest.fixture
-async def archive(tmp_path: Path) -> AsyncIterator[Archive]:
+async def archive(tmp_path: Path) -> AsyncIterator[OutputArchive]:
     """An empty one."""
-    made = Archive(open_directory(str(tmp_path)), str(tmp_path))
+    made = OutputArchive(open_directory(str(tmp_path)), str(tmp_path))
     yield made
     made.close()
 
 
-def filled(archive: Archive, job: Job = JOB) -> None:
+def filled(archive: OutputArchive, job: Job = JOB) -> None:
     """Make the copy of an output of two pieces, as far as its name."""
     [stream] = archive.begin(job)
     assert not stream.add(b"first\n", 5_000)
@@ -35,12 +35,12 @@ def filled(archive: Archive, job: Job = JOB) -> None:
     stream.close()
 
 
-async def read(archive: Archive, job: Job = JOB, part: Part = ALL) -> bytes:
+async def read(archive: OutputArchive, job: Job = JOB, part: Part = ALL) -> bytes:
     """A part of the copy."""
     return b"".join([chunk async for chunk in (await archive.reading(job, part)).chunks()])
 
 
-async def test_a_copy_gets_its_name_when_it_is_whole(archive: Archive, tmp_path: Path) -> None:
+async def test_a_copy_gets_its_name_when_it_is_whole(archive: OutputArchive, tmp_path: Path) -> None:
     """Before that it is no copy; another one of the same job replaces it; and then it can be removed."""
     filled(archive)
     assert sorted(os.listdir(tmp_path)) == [".7.part", "lock"]
@@ -64,7 +64,7 @@ async def test_a_copy_gets_its_name_when_it_is_whole(archive: Archive, tmp_path:
     assert os.listdir(tmp_path) == ["lock"]
 
 
-async def test_what_somebody_has_cut_is_told(archive: Archive, tmp_path: Path) -> None:
+async def test_what_somebody_has_cut_is_told(archive: OutputArchive, tmp_path: Path) -> None:
     """At the end of what there is; also when nothing is there any more."""
     filled(archive)
     archive.commit(7)
@@ -80,7 +80,7 @@ async def test_what_somebody_has_cut_is_told(archive: Archive, tmp_path: Path) -
 
 
 async def test_a_file_system_that_gives_back_something_else(
-    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archive: OutputArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is no copy."""
     fsync = os.fsync
@@ -97,15 +97,15 @@ async def test_a_file_system_that_gives_back_something_else(
 
 async def test_one_gateway_has_it_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     """What was begun is removed; what has a name stays."""
-    first = Archive(open_directory(str(tmp_path)), str(tmp_path))
+    first = OutputArchive(open_directory(str(tmp_path)), str(tmp_path))
     filled(first)
     first.commit(7)
     filled(first)
     with pytest.raises(ConfigError, match="another gateway uses the archive") as caught:
-        Archive(open_directory(str(tmp_path)), str(tmp_path))
+        OutputArchive(open_directory(str(tmp_path)), str(tmp_path))
     assert caught.value.hint == "give each gateway a directory of its own"
     first.close()
-    second = Archive(open_directory(str(tmp_path)), str(tmp_path))
+    second = OutputArchive(open_directory(str(tmp_path)), str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["7", "lock"]
     second.close()
     with pytest.raises(ConfigError, match=r"cannot use the archive .*/none: no such file or directory"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import InvalidJobError
+from pjw.errors import InvalidJobError, PageTokenError
 from pjw.model import EndReason, ExitStatus, Job, JobSpec, JobState, Limits
 from pjw.server.queries import after_token, filter_from_message, token_after
 from pjw.v1 import job_worker_pb2 as pb
@@ -231,7 +231,7 @@ def test_a_token_is_good_for_its_own_list_alone() -> None:
             if number == mine:
                 assert after_token(asked) == 7
             else:
-                with pytest.raises(InvalidJobError, match="of a list with other filters or another order"):
+                with pytest.raises(PageTokenError, match="of a list with other filters or another order"):
                     after_token(asked)
     same = pb.ListRequest(
         states=[pb.JOB_STATE_LOST, pb.JOB_STATE_RUNNING, pb.JOB_STATE_RUNNING], page_token=tokens[-1]
@@ -242,7 +242,7 @@ def test_a_token_is_good_for_its_own_list_alone() -> None:
 @pytest.mark.parametrize("token", ["x", "-1", "1-", "1-xyz", "٣", "9" * 19, "1 ", "1-0123456789abcdef0"])
 def test_a_token_that_nobody_gave(token: str) -> None:
     """Refused in words."""
-    with pytest.raises(InvalidJobError, match="the page token is not one that this server gave"):
+    with pytest.raises(PageTokenError, match="the page token is not one that this server gave"):
         after_token(pb.ListRequest(page_token=token))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as pb
-from pjw.gateway.nodes import Node, Nodes, Session, Shape, offers_of
+from pjw.gateway.nodes import Node, Nodes, NodeSession, Shape, offers_of
 from pjw.gateway.placement_rows import NodeRow
 from pjw.gateway.pool import LONGEST_PAUSE_SECONDS, Pool
 from tests.support.seen import told
@@ -32,7 +32,7 @@ class Cluster:
         """A node that is connected."""
         row = NodeRow(name, f"{name}:1", "1", "boot", cpu, memory, 1, 1)
         node = self.nodes.known[name] = Node(row, 0.0)
-        node.session = Session(pb.Hello(node=name, session=name))
+        node.session = NodeSession(pb.Hello(node=name, session=name))
         return node
 
     @staticmethod
@@ -174,7 +174,7 @@ async def test_any_order_of_events_is_as_a_look_at_everything(seed: int) -> None
             case _:
                 node = draw.choice(nodes)
                 if node.session is None:
-                    node.session = Session(pb.Hello(node=node.row.name, session=str(number)))
+                    node.session = NodeSession(pb.Hello(node=node.row.name, session=str(number)))
                     cluster.nodes.came()
                 else:
                     cluster.nodes.session_over(node, node.session)
@@ -232,7 +232,7 @@ class Scene:
         node.row = NodeRow(name, "", "1", "boot", draw.choice((0, 1000, 3000)), 4096, 1, 1, node.row.drained)
         mounts = [each for each in ("data", "more") if draw.random() < 0.5]
         node.hello = pb.Hello(node=name, gpus=draw.choice((0, 0, 2)), mounts=mounts)
-        node.offers, node.session = offers_of(node.hello), Session(node.hello)
+        node.offers, node.session = offers_of(node.hello), NodeSession(node.hello)
         self.cluster.nodes.came()
 
     def shape(self) -> Shape:

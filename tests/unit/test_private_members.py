@@ -13,10 +13,7 @@ SHORTER: Final = "a time that no operator may set, made shorter"
 TAKES_CALLS: Final = "a bug in the task that takes calls, which nothing else brings out"
 TABLE: Final = "a fault of SQLite at one point"
 ALLOWED: Final = {
-    ("fuzz/dispatch.py", "_jobs"): LAUNCHER,
     ("fuzz/dispatch.py", "_on_request"): LAUNCHER,
-    ("fuzz/dispatch.py", "_pool"): LAUNCHER,
-    ("fuzz/dispatch.py", "_scratch"): LAUNCHER,
     ("root/test_sessions.py", "_JOB_ENDS_SECONDS"): SHORTER,
     ("root/test_usage.py", "_RETRY_SECONDS"): SHORTER,
     ("root/test_workspaces.py", "_REST"): "a time that no operator may set, made longer",
@@ -24,7 +21,6 @@ ALLOWED: Final = {
     ("support/pjwd_with.py", "_JOB_ENDS_SECONDS"): SHORTER,
     ("support/pjwd_with.py", "_pass_gate"): TAKES_CALLS,
     ("support/pjwd_with.py", "_take"): TAKES_CALLS,
-    ("support/surface.py", "_FORMATS"): "what `pjw list --format` takes is checked by hand, for its words",
     ("support/surface.py", "_json"): "the members of `pjw stats --json`, without a pjwd",
     ("unit/test_cdi.py", "_require_roots"): "who owns a file is for the tests of root",
     ("unit/test_cli_pjwd.py", "_UNIT_CONFIG"): "a file of the host's, elsewhere",
@@ -35,9 +31,7 @@ ALLOWED: Final = {
     ("unit/test_store.py", "_RECENT_MAX"): "the bound of the rows in memory",
     ("unit/test_store.py", "_db"): TABLE,
     ("unit/test_store.py", "_filtering_of"): "a lock for each client is kept no longer than it is held",
-    ("unit/test_store.py", "_get"): "the row in the table, and not the one in memory",
     ("unit/test_store.py", "_recent"): "the bound of the rows in memory",
-    ("unit/test_store.py", "_run"): "the row in the table, and not the one in memory",
 }
 
 

@@ -40,7 +40,7 @@ class Scripted:
         self.running: Final[set[int]] = set()
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
-        """As queue.Backend says."""
+        """As queue.Starter says."""
         job = waiting.job
         self.begun.put_nowait(job)
         await self.may_start.wait()
@@ -53,7 +53,7 @@ class Scripted:
         return replace(job, state=JobState.RUNNING)
 
     async def ended(self, job_id: int) -> bool:
-        """As queue.Backend says."""
+        """As queue.Starter says."""
         await self.ends[job_id].wait()
         self.running.discard(job_id)
         if self.end_error is not None:

@@ -4,9 +4,10 @@ import os
 
 import pytest
 
-from pjw.launcher.accounts import ACCOUNTS_OFFSET, keep_accounts
+from pjw.launcher.jobs import keep_accounts
+from pjw.launcher.protocol import ACCOUNTS_OFFSET
 from pjw.model import EndReason, ExitStatus, Usage
-from pjw.worker.status_record import RECORD_BYTES, End, Kept, Packing, Record, parse_record
+from pjw.worker.status_record import RECORD_BYTES, End, KeptArtifacts, Packing, Record, parse_record
 
 STARTED = b"started 1700000000000000000\n"
 ENDED = b"ended 1700000001000000000 exited 3 none\n"
@@ -59,14 +60,14 @@ def test_a_record_that_is_cut(length: int) -> None:
 @pytest.mark.parametrize(
     ("words", "kept"),
     [
-        (b"artifacts whole \n", Kept(Packing.WHOLE, "")),
-        (b"artifacts nothing \n", Kept(Packing.NOTHING, "")),
-        (b"artifacts stopped \nartifacts whole \n", Kept(Packing.STOPPED, "")),
-        (b"artifacts late \n", Kept(Packing.LATE, "")),
-        (b"artifacts killed \n", Kept(Packing.KILLED, "")),
+        (b"artifacts whole \n", KeptArtifacts(Packing.WHOLE, "")),
+        (b"artifacts nothing \n", KeptArtifacts(Packing.NOTHING, "")),
+        (b"artifacts stopped \nartifacts whole \n", KeptArtifacts(Packing.STOPPED, "")),
+        (b"artifacts late \n", KeptArtifacts(Packing.LATE, "")),
+        (b"artifacts killed \n", KeptArtifacts(Packing.KILLED, "")),
         (
             b"artifacts failed cannot read \xff\x1b[2J: why\n",
-            Kept(Packing.FAILED, r"cannot read \xff\x1b[2J: why"),
+            KeptArtifacts(Packing.FAILED, r"cannot read \xff\x1b[2J: why"),
         ),
         (b"artifacts whole", None),
         (b"artifacts whole " + b"x" * 401 + b"\n", None),
@@ -74,7 +75,7 @@ def test_a_record_that_is_cut(length: int) -> None:
         (b"", None),
     ],
 )
-def test_what_has_become_of_artifacts(words: bytes, kept: Kept | None) -> None:
+def test_what_has_become_of_artifacts(words: bytes, kept: KeptArtifacts | None) -> None:
     """It comes behind the end; names are in it, which the job has chosen."""
     record = parse_record(STARTED + ENDED + words + bytes(100))
     assert record.kept == kept and record.end is not None

@@ -16,6 +16,25 @@ from pjw import errors
 from pjw.v1 import job_worker_pb2
 
 SITE: Final = Path(__file__).parents[2] / "docs" / "site"
+ERROR: Final = re.compile(r"\b[A-Z]\w+Error\b")
+# where a docstring stands for the errors that its class names, and for those of other methods
+EVERY: Final = re.compile(r"^Every (?:call|coroutine) may raise .+?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+NO_OTHERS: Final = re.compile(r"Raises\s+only\s+the\s+errors\s+of\s+every\s+(?:call|coroutine)\.")
+ERRORS_OF: Final = re.compile(r"(?:errors\s+of|Raises\s+as)\s+(`\w+`(?:(?:,|,?\s+and)\s+`\w+`)*)")
+RAISES_NOTHING: Final = {
+    "AsyncClient.close": "ends what there is, however far it has come",
+    "Client.close": "ends what there is, however far it has come",
+    "Job.meets": "compares",
+    "Limits.first_above": "compares",
+    "Limits.first_below": "compares",
+    "Limits.items": "reads fields",
+    "Limits.lowered_to": "takes the lower one of two allowed numbers",
+    "Worker.end_was_told": "sets a flag",
+    "Worker.failed": "its return is the bad news",
+    "Worker.gone": "its return is the bad news",
+    "Worker.on_connection": "adds to a list",
+    "Worker.on_end": "adds to a list",
+}
 
 
 @pytest.fixture
@@ -64,7 +83,7 @@ def test_every_name_of_the_library_is_explained(generator: ModuleType) -> None:
             words = inspect.getdoc(method) or ""
             assert words, (name, method_name)
             assert f"### {name}.{method_name}\n" in page
-            for error in re.findall(r"\b[A-Z]\w+Error\b", words):
+            for error in ERROR.findall(words):
                 assert hasattr(errors, error) or hasattr(builtins, error), (name, method_name, error)
             if not isinstance(method, property):
                 arguments = set(inspect.signature(method).parameters) - {"self", "cls"}
@@ -72,6 +91,47 @@ def test_every_name_of_the_library_is_explained(generator: ModuleType) -> None:
                 assert unnamed <= generator.ARGUMENTS.keys(), (name, method_name)
                 used |= unnamed
     assert used == generator.ARGUMENTS.keys()
+
+
+def errors_of(cls: type, method_name: str) -> set[str]:
+    """The errors that a method names: itself, by other methods, or as those of every call."""
+    words = inspect.getdoc(getattr(cls, method_name)) or ""
+    named = set(ERROR.findall(words))
+    if NO_OTHERS.search(words):
+        named |= errors_of_every_call(cls)
+    for others in ERRORS_OF.findall(words):
+        for other in re.findall(r"`(\w+)`", others):
+            named |= errors_of(cls, other) if other != method_name else set()
+    return named
+
+
+def errors_of_every_call(cls: type) -> set[str]:
+    """The errors that the class names for all of its methods."""
+    paragraph = EVERY.search(inspect.getdoc(cls) or "")
+    assert paragraph, cls
+    return set(ERROR.findall(paragraph[0]))
+
+
+@pytest.mark.parametrize("generator", ["library_reference"], indirect=True)
+def test_every_method_of_the_library_names_its_errors(generator: ModuleType) -> None:
+    """Or is known to raise none. A property reads what is there, and is no call."""
+    silent = {
+        f"{name}.{method_name}"
+        for name in pjw.__all__
+        for method_name, method in generator.public_methods(getattr(pjw, name))
+        if not isinstance(method, property) and not errors_of(getattr(pjw, name), method_name)
+    }
+    assert silent == RAISES_NOTHING.keys()
+
+
+@pytest.mark.parametrize("generator", ["library_reference"], indirect=True)
+def test_both_clients_are_documented_alike(generator: ModuleType) -> None:
+    """One has the methods of the other, and names the same errors; help() has the whole text for both."""
+    awaited, blocking = (dict(generator.public_methods(cls)) for cls in (pjw.AsyncClient, pjw.Client))
+    assert awaited.keys() == blocking.keys()
+    for name, method in blocking.items():
+        assert errors_of(pjw.AsyncClient, name) == errors_of(pjw.Client, name), name
+        assert (inspect.getdoc(awaited[name]) or "").startswith(inspect.getdoc(method) or name), name
 
 
 @pytest.mark.parametrize("generator", ["api_reference"], indirect=True)

@@ -10,7 +10,7 @@ import pytest
 
 from pjw.cluster.v1 import cluster_pb2 as pb
 from pjw.errors import InvalidJobError, NotAllowedError
-from pjw.gateway.nodes import Node, Nodes, Session, Shape
+from pjw.gateway.nodes import Node, Nodes, NodeSession, Shape
 from pjw.gateway.placement_rows import NodeRow
 from pjw.gateway.slurm import SUBMITTED_AT_ONCE, Kind, Slurm, kind_of
 from pjw.gateway.slurm_port import SlurmRefusedError
@@ -87,7 +87,7 @@ class Cluster:
     def node(self, name: str) -> Node:
         """A node that is connected."""
         node = self.nodes.known[name] = Node(NodeRow(name, f"{name}:1", "1", "boot", 2000, 4096, 1, 1), 0.0)
-        node.session = Session(pb.Hello(node=name, session=name))
+        node.session = NodeSession(pb.Hello(node=name, session=name))
         return node
 
     def here(self, node: Node, number: str, job: str = "") -> None:
@@ -188,7 +188,7 @@ async def test_what_slurm_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster.revoked == []
     assert node.session is not None
     cluster.nodes.session_over(node, node.session)
-    node.session = Session(pb.Hello(node="n1", session="again"))
+    node.session = NodeSession(pb.Hello(node="n1", session="again"))
     await cluster.sample()
     assert cluster.revoked == ["a"]
     assert cluster.engine.why("b") == (
@@ -230,7 +230,7 @@ async def test_a_node_that_goes_takes_its_places_along() -> None:
     cluster.engine.submit("b", "alice", SMALL)
     cluster.nodes.session_over(node, node.session)
     assert not cluster.engine.may_claim("a", node, "1")
-    node.session = Session(pb.Hello(node="n1", session="again"))
+    node.session = NodeSession(pb.Hello(node="n1", session="again"))
     cluster.here(node, "1", "a")
     assert cluster.said(node) == [("1", "a")]
 

@@ -7,9 +7,23 @@ import grpc
 import pytest
 
 from pjw import errors
-from pjw.rpc.status import ERRNO_KEY, ERROR_KEY, HINT_KEY, INTERNAL_TEXT, TABLE, error_of, status_of
+from pjw.cli.exits import exit_code_of
+from pjw.rpc.status import (
+    ERRNO_KEY,
+    ERROR_KEY,
+    HINT_KEY,
+    INTERNAL_TEXT,
+    NARROWER,
+    TABLE,
+    error_of,
+    status_of,
+)
 
 CODES = {row.kind: row.code for row in TABLE}
+BASES: dict[type[errors.PjwError], type[errors.PjwError]] = {
+    kind: row.kind for kind in NARROWER for row in TABLE if row.kind in kind.__bases__
+}
+CODES |= {kind: CODES[base] for kind, base in BASES.items()}
 
 
 def kinds(of: type[errors.PjwError] = errors.PjwError) -> Iterator[type[errors.PjwError]]:
@@ -32,6 +46,8 @@ def made(kind: type[errors.PjwError]) -> errors.PjwError:
         return errors.WorkdirError("/secret/x", errno.EACCES)
     if kind is errors.KernelError:
         return errors.KernelError("mount", "/secret/x", errno.EPERM, hint="mount /secret")
+    if kind is errors.JobTableError:
+        return errors.JobTableError("use", "/secret/x", ValueError("it is damaged"))
     if kind is errors.LimitRangeError:
         return errors.LimitRangeError("too many", limit="pids_max", value=9, most=8)
     if kind is errors.LimitReachedError:
@@ -71,7 +87,7 @@ def facts(error: errors.PjwError) -> dict[str, object]:
 def test_every_error_has_a_code() -> None:
     """A new error must be given its code here, and none that is gone may stay; no two have one reason."""
     assert sorted(map(repr, CODES)) == sorted(map(repr, kinds()))
-    assert len({row.reason for row in TABLE}) == len(TABLE) == len(CODES)
+    assert len({row.reason for row in TABLE}) == len(TABLE) == len(CODES) - len(NARROWER)
 
 
 @pytest.mark.parametrize("kind", list(kinds()))
@@ -128,6 +144,18 @@ def test_client_and_worker_raise_the_same(kind: type[errors.PjwError]) -> None:
     back = there_and_back(error, **known)
     assert (type(back), str(back), back.hint) == (kind, str(error), error.hint)
     assert facts(back) == facts(error)
+
+
+@pytest.mark.parametrize("kind", NARROWER)
+def test_a_narrower_error_travels_as_its_base(kind: type[errors.PjwError]) -> None:
+    """The wire knows the base alone, as a client of before does; who catches the base catches both."""
+    error = made(kind)
+    code, text, metadata = status_of(error)
+    base = BASES[kind].restored(str(error), error.hint, facts(error))
+    assert status_of(base) == (code, text, metadata)
+    assert exit_code_of(error) == exit_code_of(base)
+    if code is not grpc.StatusCode.INTERNAL:
+        assert type(there_and_back(error)) is type(base)
 
 
 def test_what_is_asked_for_comes_back_whole() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pjw.errors import ConfigError, KernelError, LimitReachedError, NameTakenError
+from pjw.errors import ConfigError, JobTableError, KernelError, LimitReachedError, NameTakenError
 from pjw.model import (
     After,
     ArrayCounts,
@@ -28,14 +28,14 @@ from pjw.model import (
     Usage,
 )
 from pjw.node import cluster_rows as node_rows
-from pjw.worker import schema
-from pjw.worker.job_rows import from_ns, to_ns
+from pjw.worker import job_rows, schema
+from pjw.worker.job_rows import AlreadyStartedError, from_ns, to_ns
 from pjw.worker.pages import JobFilter, Page
 from pjw.worker.queue_rows import Head
 from pjw.worker.schema import SCHEMA_VERSION
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.settings import Quotas, Retention
-from pjw.worker.store import AlreadyStartedError, JobStore, NotQueuedError
+from pjw.worker.store import JobStore, NotQueuedError
 
 DATA = Path(__file__).parents[1] / "data"
 END = datetime(2026, 5, 17, 12, 0, 0, 123_456, UTC)
@@ -180,7 +180,7 @@ def test_a_table_from_the_future_is_refused(path: Path) -> None:
 def test_a_file_that_is_no_table(path: Path, content: bytes) -> None:
     """Refused, and left as it is."""
     path.write_bytes(content)
-    with pytest.raises(KernelError, match="cannot use the job table"):
+    with pytest.raises(JobTableError, match=r"^cannot use the job table"):
         JobStore(str(path))
     assert path.read_bytes() == content
 
@@ -190,7 +190,7 @@ def test_a_table_in_use(
 ) -> None:
     """A second process is refused, and told that."""
     # it waits for a predecessor that is ending, and need not here
-    monkeypatch.setattr("pjw.worker.store.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("pjw.worker.table.BUSY_SECONDS", 0.1)
     first = JobStore(str(path))
     with pytest.raises(ConfigError, match="is in use by another pjwd"):
         JobStore(str(path))
@@ -569,7 +569,7 @@ async def test_a_row_whose_job_cannot_be_made_is_deleted_again(store: JobStore) 
 
     def made(job: Job) -> None:
         threads.append(threading.current_thread().name)
-        assert store._get(job.id, None) == job
+        assert job_rows.find(store._db, job.id, None) == job
         raise LimitReachedError("no space")
 
     with pytest.raises(LimitReachedError, match="no space"):
@@ -770,7 +770,7 @@ async def test_jobs_that_ended_last_are_in_memory(store: JobStore, monkeypatch: 
     long = ended(await store.add("alice", JobSpec("x" * 2000), Limits()))
     for job in (*jobs, long):
         await store.finish_and_sync(job)
-    rows = {job.id: await store._run(store._get, job.id, None) for job in jobs}
+    rows = {job.id: await store.transact(job_rows.find, job.id, None) for job in jobs}
     assert store._recent == {job.id: rows[job.id] for job in jobs[2:]}
     assert await store.get(jobs[4].id, "alice") is jobs[4]
     assert await store.get(jobs[4].id, "mallory") is None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pjw.errors import ConfigError
-from pjw.launcher.visible import Mount, check_visible, mounts_of, places_of, template_of
+from pjw.launcher.visible import HostMount, check_visible, mounts_of, places_of, template_of
 
 HOMES = ["-/home", "-/srv"]
 
@@ -119,7 +119,7 @@ def test_a_table_is_read_as_the_kernel_writes_it() -> None:
     assert mounts_of(
         b"20 1 8:1 / /a\\040b\\134 rw - ext4 /dev/sda1 rw\n"
         b"21 1 0:5 /x /a\\040b\\134 rw shared:1 master:2 - fuse.sshfs y rw\n"
-    ) == {"/a b\\": Mount(b"21", b"0:5", b"fuse.sshfs", b"rw")}
+    ) == {"/a b\\": HostMount(b"21", b"0:5", b"fuse.sshfs", b"rw")}
 
 
 @pytest.mark.parametrize("name", ["a\rb", "a\x0bb", "a\u2028b", "a#b"])
@@ -135,7 +135,7 @@ def test_what_may_be_visible(path: str) -> None:
     if path == "/dev/..":
         check_visible([path, "/none/there"])
         return
-    with pytest.raises(ConfigError, match=f"^cannot show {path} to jobs: each has a directory of its own"):
+    with pytest.raises(ConfigError, match=f"^cannot show {path} to jobs: each has its own directory"):
         check_visible([path])
 
 

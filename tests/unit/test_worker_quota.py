@@ -10,7 +10,7 @@ import pytest
 
 from pjw.errors import InvalidJobError, LimitReachedError
 from pjw.model import TOO_DEEP, Limits, Share, Sums
-from pjw.worker.disk import ScratchUse
+from pjw.worker.disk import TreeUse
 from pjw.worker.host import resources
 from pjw.worker.quota import LOOK_BYTES, RunningJobs, StoredBytes, check_bytes, most_of_one_job
 from pjw.worker.settings import Quotas, Shares, WorkerSettings
@@ -182,7 +182,7 @@ async def test_what_nobody_can_count_is_in_no_other_s_way() -> None:
     """A tree that is too deep is too much for its client, and not for the sum of all."""
     live = {1: SimpleNamespace(job=SimpleNamespace(id=1, client_name="alice"))}
     quotas = Quotas(stored_bytes_max=100, stored_bytes_total_max=1000)
-    scratch = {1: ScratchUse(TOO_DEEP, TOO_DEEP)}
+    scratch = {1: TreeUse(TOO_DEEP, TOO_DEEP)}
     stored = StoredBytes(cast("Any", State()), cast("Any", live), scratch, quotas)
     await stored.check("bob")
     with pytest.raises(LimitReachedError, match="the jobs of alice have"):

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from pjw.errors import InvalidJobError, LimitReachedError, WorkspaceBusyError, WorkspaceNotFoundError
+from pjw.errors import LimitReachedError, PageTokenError, WorkspaceBusyError, WorkspaceNotFoundError
 from pjw.model import TOO_DEEP, EndReason, Limits
 from pjw.server.queries import after_workspace, token_after_workspace
 from pjw.v1 import job_worker_pb2 as pb
@@ -146,7 +146,7 @@ def test_they_are_listed_page_by_page(db: sqlite3.Connection) -> None:
     assert page("bob", "alice", "b") == every[2:]
     assert token_after_workspace(workspace_rows.listed(db, None)[2]) == "bob/a"
     for wrong in ("7", "alice/", "alice/../x", "/"):
-        with pytest.raises(InvalidJobError, match="page token"):
+        with pytest.raises(PageTokenError, match="page token"):
             after_workspace(pb.ListWorkspacesRequest(page_token=wrong))
 
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pjw.certs.bundle import BUNDLE_SUFFIX, Bundle, bundle_bytes
-from pjw.certs.checks import Role, fault_of, key_matches, parse_certificates, parse_key
+from pjw.certs.checks import Purpose, fault_of, key_matches, parse_certificates, parse_key
 from pjw.certs.files import ClientCredentials, NewFile, read_certificates, read_key, write_new
 from pjw.certs.profile import (
     CLIENT_NAME_OID,
@@ -200,7 +200,7 @@ def _signer(
         key = parse_key(authority.key_pem)
     except ValueError as error:
         raise ConfigError(f"cannot read private key {key_path}: {error}") from error
-    fault = fault_of(certificate, Role.CA)
+    fault = fault_of(certificate, Purpose.CA)
     if fault:
         raise ConfigError(f"cannot use CA certificate {crt_path}: {fault}")
     if not isinstance(key, SigningKey) or not key_matches(certificate, key):

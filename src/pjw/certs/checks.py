@@ -31,7 +31,7 @@ HostName = x509.DNSName | x509.IPAddress
 T = TypeVar("T", bound=x509.ExtensionType)
 
 
-class Role(Enum):
+class Purpose(Enum):
     """The purpose of a certificate: its extended key usage, and the name of that."""
 
     CA = (None, "a CA")
@@ -65,16 +65,16 @@ def parse_key(pem: bytes) -> PrivateKeyTypes:
         raise ValueError("it is no private key that can be read") from error
 
 
-def fault_of(certificate: x509.Certificate, role: Role, now: datetime | None = None) -> str | None:
+def fault_of(certificate: x509.Certificate, role: Purpose, now: datetime | None = None) -> str | None:
     """Return the fault that bars *certificate* from being *role*, as `it expired on …`; None if none."""
     try:
         return (
             _validity_fault(certificate, now or datetime.now(UTC))
             or _key_fault(certificate, role)
             or _signature_fault(certificate)
-            or (_ca_fault(certificate) if role is Role.CA else _usage_fault(certificate, role))
+            or (_ca_fault(certificate) if role is Purpose.CA else _usage_fault(certificate, role))
         )
-    except Exception:  # noqa: BLE001  a malformed extension raises whatever its parser raises
+    except Exception:  # noqa: BLE001  a malformed extension may raise any error of its parser
         return "its fields cannot be read"
 
 
@@ -91,7 +91,7 @@ def describe_time(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _key_fault(certificate: x509.Certificate, role: Role) -> str | None:
+def _key_fault(certificate: x509.Certificate, role: Purpose) -> str | None:
     key = certificate.public_key()
     if isinstance(key, rsa.RSAPublicKey):
         if key.key_size < RSA_MIN_BITS:
@@ -101,12 +101,14 @@ def _key_fault(certificate: x509.Certificate, role: Role) -> str | None:
             None if plain else "its RSA key is for PSS alone, which gRPC cannot use (a plain RSA key works)"
         )
     if isinstance(key, ec.EllipticCurvePublicKey):
-        if key.curve.name not in (CA_CURVES if role is Role.CA else LEAF_CURVES):
+        if key.curve.name not in (CA_CURVES if role is Purpose.CA else LEAF_CURVES):
             return f"its key is on the curve {key.curve.name}, which gRPC cannot use (P-256 and P-384 work)"
         return None
     if isinstance(key, ed25519.Ed25519PublicKey):
         # a CA's key signs certificates; it is in handshakes that grpc knows no Ed25519
-        return None if role is Role.CA else "it has an Ed25519 key, which gRPC cannot use (ECDSA P-256 works)"
+        return (
+            None if role is Purpose.CA else "it has an Ed25519 key, which gRPC cannot use (ECDSA P-256 works)"
+        )
     return "the type of its key is neither ECDSA nor RSA"
 
 
@@ -134,7 +136,7 @@ def _ca_fault(certificate: x509.Certificate) -> str | None:
     return None
 
 
-def _usage_fault(certificate: x509.Certificate, role: Role) -> str | None:
+def _usage_fault(certificate: x509.Certificate, role: Purpose) -> str | None:
     purpose, name = role.value
     extended = _extension(certificate, x509.ExtendedKeyUsage)
     # without the extension a certificate is for everything: so are those of plain openssl

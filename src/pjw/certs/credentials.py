@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 from cryptography import x509
 
-from pjw.certs.checks import Role, fault_of, issued_by, key_matches, parse_certificates, parse_key
+from pjw.certs.checks import Purpose, fault_of, issued_by, key_matches, parse_certificates, parse_key
 from pjw.certs.files import (
     ClientCredentials,
     Read,
@@ -50,7 +50,7 @@ def load_server_credentials(
         crt_pem=read_certificates(server_crt, read),
         key_pem=read_key(server_key, read),
     )
-    _check(credentials, (ca_crt, server_crt, server_key), Role.SERVER)
+    _check(credentials, (ca_crt, server_crt, server_key), Purpose.SERVER)
     return credentials
 
 
@@ -61,7 +61,7 @@ def diagnose_client(ca_crt: str, client_crt: str, client_key: str) -> str | None
     """
     try:
         credentials = load_client_credentials(ca_crt, client_crt, client_key)
-        _check(credentials, (ca_crt, client_crt, client_key), Role.CLIENT)
+        _check(credentials, (ca_crt, client_crt, client_key), Purpose.CLIENT)
     except ConfigError as error:
         return str(error)
     return None
@@ -73,13 +73,13 @@ def check_leaf(certificate: x509.Certificate, now: datetime | None = None) -> No
     A resumed session brings no certificate, so a connection outlives it: call this for
     each request. Raises NotAuthenticatedError, whose text is fit for the client.
     """
-    fault = fault_of(certificate, Role.CLIENT, now)
+    fault = fault_of(certificate, Purpose.CLIENT, now)
     if fault:
         raise NotAuthenticatedError(f"cannot accept the client certificate: {fault}")
 
 
 def _check(
-    credentials: ServerCredentials | ClientCredentials, paths: tuple[str, str, str], role: Role
+    credentials: ServerCredentials | ClientCredentials, paths: tuple[str, str, str], role: Purpose
 ) -> None:
     ca_path, crt_path, key_path = paths
     end = role.name.lower()
@@ -88,9 +88,9 @@ def _check(
     key = _parsed(parse_key, credentials.key_pem, f"private key {key_path}")
     # grpc trusts every certificate of the file, so each of them has to be worth it
     for authority in authorities:
-        _refuse(f"CA certificate {ca_path}", fault_of(authority, Role.CA))
+        _refuse(f"CA certificate {ca_path}", fault_of(authority, Purpose.CA))
     for intermediate in chain[1:]:
-        _refuse(f"{end} certificate {crt_path}, in its chain", fault_of(intermediate, Role.CA))
+        _refuse(f"{end} certificate {crt_path}, in its chain", fault_of(intermediate, Purpose.CA))
     _refuse(f"{end} certificate {crt_path}", fault_of(chain[0], role))
     if not key_matches(chain[0], key):
         raise ConfigError(

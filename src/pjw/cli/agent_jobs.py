@@ -5,31 +5,21 @@ Each answer is bounded in time and in bytes. A call that is cancelled stops the 
 
 import asyncio
 import codecs
+import io
+import tarfile
 from base64 import b64decode, b64encode
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pjw.cli.commands import why_ended
-from pjw.cli.execute import why_session_ended
+from pjw.cli.exits import why_ended, why_session_ended
 from pjw.cli.render import printable
 from pjw.cli.units import duration_in_words
-from pjw.errors import InvalidJobError, OffsetError, PjwError
+from pjw.errors import CopyError, InvalidJobError, OffsetError, PjwError
 from pjw.model import LIMIT_MAXIMUM, Job, JobSpec, JobState, Session
 
 if TYPE_CHECKING:
     from pjw.client.aio import AsyncClient
-
-import io
-import tarfile
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
-
-from pjw.errors import CopyError
-
-if TYPE_CHECKING:
-    from pjw.client.aio import AsyncClient
-
 
 # Seconds to wait for the state of a job when the time of an answer is over already.
 _STATE_SECONDS: Final = 5

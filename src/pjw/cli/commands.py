@@ -10,12 +10,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pjw.cli.connection import JobName, connect, resolve
-from pjw.cli.exits import EXIT_FAILED, EXIT_REFUSED, complain, say
-from pjw.cli.terminal import wrote
-from pjw.errors import ConfigError, JobStateError, PjwError, ServerFailedError, describe_errno
+from pjw.cli.exits import EXIT_FAILED, EXIT_REFUSED, complain, exit_code_of_job, say, why_ended
+from pjw.cli.terminal import write_all
+from pjw.errors import ConfigError, PjwError, describe_errno
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -154,65 +154,6 @@ def _id_file(path: str | None) -> "Iterator[Callable[[int], None]]":
             file.close()
 
 
-def run(arguments: Namespace) -> int:
-    """Start a job, be its terminal, and end as it does."""
-    if arguments.output_dir is not None and not arguments.outputs:
-        arguments.parser.error("--output-dir needs --output GLOB, which names the files to keep")
-    if arguments.detach:
-        if arguments.output_dir is not None:
-            arguments.parser.error("with -d nobody waits for the files: pjw cp JOB:. DIR copies them later")
-        return start(arguments)
-    if arguments.array is not None:
-        arguments.parser.error(
-            "pjw run shows the output of one job: start an array with pjw start, or with -d"
-        )
-    from pjw.cli import stdin
-    from pjw.cli.run import run_attached
-
-    if arguments.terminal and arguments.stdin == "-":
-        from pjw.cli import interactive, local_terminal
-
-        local_terminal.require_terminal()
-        with connect(arguments) as client:
-            send_upload(client, arguments)
-            job = start_job(client, arguments)
-            if job.state == "queued":
-                say(f"job {job.id} {job.detail}")
-            code = interactive.at_job(client, job.id, arguments.escape)
-            if arguments.outputs:
-                from pjw.cli.copy import fetch
-
-                fetch(client, client.get(job.id), arguments.output_dir)
-            return code
-    with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
-        send_upload(client, arguments)
-        code = run_attached(client, arguments, descriptor)
-    if descriptor is None and stdin.is_left():
-        say("the job did not read what is piped into pjw; -i passes it on")
-    return code
-
-
-def execute(arguments: Namespace) -> int:
-    """Run another command in a job, and end as it does."""
-    from pjw.cli.execute import execute
-
-    return execute(arguments)
-
-
-def attach(arguments: Namespace) -> int:
-    """Come back to the terminal of a job, or of a session."""
-    from pjw.cli.interactive import attach
-
-    return attach(arguments)
-
-
-def forward(arguments: Namespace) -> int:
-    """Let a port of this machine lead to one within a job."""
-    from pjw.cli.forward import forward
-
-    return forward(arguments)
-
-
 def wait_for_end(
     client: "Client", job_id: Callable[[], JobName], progress: Callable[[], AbstractContextManager[object]]
 ) -> "Job":
@@ -255,51 +196,6 @@ def wait(arguments: Namespace) -> int:
     with connect(arguments) as client:
         refused = each(arguments.jobs, ended, show)
     return codes[0] if len(arguments.jobs) == 1 and codes else refused
-
-
-# The exit code, 128 + the signal, does not tell these ends apart, so words do.
-_KILLED: Final = {
-    "timed_out": "it reached its limit of time",
-    "output_limit": "it reached its limit of output",
-    "oom_killed": "it reached its limit of memory",
-    "disk_limit": "the disk was about to be full, and it was your largest job there",
-    "output_failed": "its output cannot be written where pjwd keeps it",
-}
-
-
-def why_ended(job: "Job") -> str | None:
-    """Explain a job's end in a line; None when its command ended by itself, or the cause is unknown."""
-    if job.reason in _KILLED:
-        return f"job {job.ref} was killed: {_KILLED[job.reason]}"
-    if job.array is not None and job.array.succeeded < job.array.count and job.was_started:
-        failed, cancelled = job.array.failed, job.array.cancelled
-        return (
-            f"of the {job.array.count} elements of array {job.id} {failed} failed, {cancelled} were cancelled"
-        )
-    if job.reason == "artifacts_missing" and job.artifacts is not None:
-        return f"job {job.ref} has no artifacts, as it must: {job.artifacts.detail}"
-    if job.reason == "stopped":
-        return f"job {job.ref} was stopped"
-    if job.exit_status is not None and (number := job.exit_status.signal) is not None:
-        import signal
-
-        name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
-        return f"job {job.ref} was ended by signal {number}{name}"
-    return None
-
-
-def exit_code_of_job(job: "Job") -> int:
-    """Return a job's exit code as a shell would. Raises ServerFailedError when it is unknown.
-
-    Raises JobStateError when there is none, as the job was not started.
-    """
-    status = job.exit_status
-    if status is None and not job.was_started:
-        raise JobStateError(f"job {job.ref} was never started: {job.detail}")
-    if status is None:
-        raise ServerFailedError(f"nobody knows how job {job.ref} ended: {job.reason}")
-    # its command has done its part, and yet it has not succeeded
-    return EXIT_REFUSED if job.reason == "artifacts_missing" else status.code
 
 
 def stop(arguments: Namespace) -> int:
@@ -505,18 +401,3 @@ def telling_if_stuck(client: "Client", job_id: JobName) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
-    """Write straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
-    for data in pieces:
-        wrote(data, descriptor)
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(descriptor, view) :]
-            except BlockingIOError:
-                # another process that shares this pipe or terminal has set it so for all
-                from select import select
-
-                select((), (descriptor,), ())

@@ -108,8 +108,7 @@ def _complete_nothing(**_: object) -> tuple[str, ...]:
 
 def complete_help(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """Complete `pjw help`: commands and topics, and after a command its subcommands."""
-    from pjw.cli.help import commands_of
-    from pjw.cli.parser import build_parser
+    from pjw.cli.parser import build_parser, commands_of
     from pjw.cli.topics import TOPICS
 
     parser: argparse.ArgumentParser = build_parser()

@@ -1,32 +1,27 @@
 """The client of a command: its settings, its warnings about certificates, and jobs by id or name."""
 
 import gc
-from argparse import ArgumentTypeError, Namespace
-from typing import TYPE_CHECKING
-
-from pjw.errors import ConfigError, JobStateError
-
-if TYPE_CHECKING:
-    from pjw.client.aio import AsyncClient
-    from pjw.client.sync import Client
-
-import argparse
 import os
 import sys
 import time
+from argparse import ArgumentTypeError, Namespace
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pjw.certs.files import load_client_credentials, read_path
 from pjw.cli.exits import say
 from pjw.client import config
 from pjw.client.config import ClientSettings, ends_of
-from pjw.errors import PjwError
+from pjw.errors import ConfigError, JobStateError, PjwError
+
+if TYPE_CHECKING:
+    from pjw.client.aio import AsyncClient
+    from pjw.client.sync import Client
 
 # The server and the certificates of a command: its options, before all that `pjw.client.config` reads.
 
 
-def find_settings(arguments: argparse.Namespace) -> ClientSettings:
+def find_settings(arguments: Namespace) -> ClientSettings:
     """Gather the settings. Raises ConfigError that says which is missing and how to give it."""
     # pjw warns in its own way (cli/connection.py)
     config.log.disabled = True
@@ -34,7 +29,7 @@ def find_settings(arguments: argparse.Namespace) -> ClientSettings:
     return config.find_settings(getattr(arguments, "context", None), options)
 
 
-def options_of(arguments: argparse.Namespace) -> list[str]:
+def options_of(arguments: Namespace) -> list[str]:
     """Return the same options again, for another pjw that is to find the same settings."""
     given = {key: getattr(arguments, key, None) for key in ("context", *config.KEYS)}
     return [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]

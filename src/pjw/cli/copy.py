@@ -4,22 +4,14 @@ import os
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pjw.cli import stdin
-from pjw.cli.commands import write_all
+from pjw.cli import render, stdin
 from pjw.cli.connection import JobName, connect, job_name, resolve_id
 from pjw.cli.exits import say
-from pjw.cli.terminal import Progress
+from pjw.cli.terminal import Progress, write_all
 from pjw.cli.units import size_in_words
-from pjw.errors import ConfigError, InvalidJobError
-
-if TYPE_CHECKING:
-    from pjw.client.sync import Client
-
-from typing import TYPE_CHECKING, Any
-
-from pjw.cli import render
+from pjw.errors import InvalidJobError, TerminalError
 from pjw.model import ArtifactsState, EndReason, Job
 
 if TYPE_CHECKING:
@@ -126,7 +118,7 @@ def _copy_out(arguments: Namespace, source: Place, target: str) -> int:
     seen = Count(source.path)
     assert source.job is not None
     if target == "-" and sys.stdout.isatty():
-        raise ConfigError("cannot write an archive to a terminal", hint="redirect it: > FILE, or | tar t")
+        raise TerminalError("cannot write an archive to a terminal", hint="redirect it: > FILE, or | tar t")
     with connect(arguments) as client:
         job_id = resolve_id(client, source.job)
         if target == "-":

@@ -12,13 +12,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from pjw.cli import stdin
-from pjw.cli.commands import write_all
 from pjw.cli.connection import connect, resolve_id
-from pjw.cli.exits import say
-from pjw.cli.run import Interrupt, in_thread, interrupts_into
+from pjw.cli.exits import exit_code_of_session, say, why_session_ended
+from pjw.cli.interrupts import Interrupt, in_thread, interrupts_into
 from pjw.cli.spec import environment, terminal_size, words_of
-from pjw.errors import JobStateError, PjwError, ServerFailedError
-from pjw.model import EndReason, JobSpec, JobState, Session
+from pjw.cli.terminal import write_all
+from pjw.errors import JobStateError, PjwError
+from pjw.model import JobSpec, Session
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
@@ -126,23 +126,3 @@ def _send(client: "Client", session: Session, descriptor: int) -> None:
     # a command need not read all of its input
     with suppress(JobStateError):
         client.write_input(session.job_id, stdin.pieces(descriptor), session=session.number)
-
-
-def exit_code_of_session(session: Session) -> int:
-    """Return the exit code as a shell would. Raises ServerFailedError when it is unknown."""
-    status = session.exit_status
-    if status is None or session.state is not JobState.EXITED:
-        raise ServerFailedError(
-            f"nobody knows how session {session.number} of job {session.job_id} ended: {session.reason}"
-        )
-    return status.code
-
-
-def why_session_ended(session: Session) -> str | None:
-    """Explain a session's end in a line; None when its command ended by itself."""
-    what = f"session {session.number} of job {session.job_id}"
-    if session.reason is EndReason.OUTPUT_LIMIT:
-        return f"{what} was killed: it reached the job's limit of output"
-    if session.reason is EndReason.STOPPED:
-        return f"{what} was ended, by the end of its job or a hang-up"
-    return None

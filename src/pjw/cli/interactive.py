@@ -14,11 +14,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from pjw.cli import local_terminal
-from pjw.cli.commands import exit_code_of_job, why_ended, write_all
 from pjw.cli.connection import connect, resolve_id
-from pjw.cli.exits import say
+from pjw.cli.exits import exit_code_of_job, exit_code_of_session, say, why_ended, why_session_ended
+from pjw.cli.interrupts import Interrupt, in_thread, interrupts_into
 from pjw.cli.local_terminal import HELP, Keys
-from pjw.cli.run import Interrupt, in_thread, interrupts_into
+from pjw.cli.terminal import write_all
 from pjw.errors import JobStateError
 
 if TYPE_CHECKING:
@@ -145,8 +145,6 @@ def at_session(
     client: "Client", job_id: int, session: int, escape: str | None, *, come_back: bool = False
 ) -> int:
     """Be the terminal of a session; return its exit code, or 0 when the user leaves it."""
-    from pjw.cli.execute import exit_code_of_session, why_session_ended
-
     if not Interactive(client, job_id, session, escape).run(come_back=come_back):
         say(
             f"left session {session} of job {job_id}: pjw attach {job_id}/{session} comes back;"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from pjw.errors import ConfigError
+from pjw.errors import TerminalError
 from pjw.model import TERMINAL_MAXIMUM, TerminalSize
 
 # for a terminal that does not know its own, such as a serial line
@@ -23,13 +23,13 @@ _USUAL: Final = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1006l\x1b[?200
 
 
 def require_terminal(hint: str = "without -t, -i passes on what is piped in") -> None:
-    """Check that a user can type here. Raises ConfigError with that hint."""
+    """Check that a user can type here. Raises TerminalError with that hint."""
     try:
         import termios  # noqa: F401
     except ImportError:
-        raise ConfigError("cannot use this terminal: pjw cannot pass on its keys on this system") from None
+        raise TerminalError("cannot use this terminal: pjw cannot pass on its keys on this system") from None
     if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
-        raise ConfigError(
+        raise TerminalError(
             "cannot use this terminal: stdin or stdout is no terminal",
             hint=hint,
         )

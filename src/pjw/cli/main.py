@@ -1,15 +1,17 @@
 """pjw as a program: one command, its exit code, and failures of stdout."""
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from importlib import import_module
+from typing import Final, NoReturn
 
-from pjw.cli.exits import EXIT_INTERRUPTED, complain
+from pjw.cli.exits import EXIT_INTERRUPTED, INSTALL_MCP, INSTALL_TOP, complain
 from pjw.cli.parser import build_parser
-from pjw.errors import PjwError
+from pjw.errors import ConfigError, PjwError
 from pjw.given import require_arguments
 from pjw.process import (
     EXIT_CLOSED_PIPE,
@@ -19,6 +21,12 @@ from pjw.process import (
     require_stdout,
     unblock_signals,
 )
+
+_TOP: Final = ("show top", "textual", INSTALL_TOP)
+_MCP: Final = ("serve agents", "mcp", INSTALL_MCP)
+# For each missing package: the command that cannot run, the extra to install, and how. textual brings rich,
+# and mcp the others.
+_EXTRAS: Final = {"rich": _TOP, "textual": _TOP, "anyio": _MCP, "mcp": _MCP, "pydantic": _MCP}
 
 
 def run() -> NoReturn:
@@ -61,10 +69,24 @@ def _run(argv: Sequence[str] | None) -> int:
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     require_arguments(parser, arguments)
-    if arguments.all and getattr(arguments, "starts", False):
+    if arguments.all and arguments.starts:
         parser.error("--all is for jobs that are there; a job that you start is yours")
-    code: int = arguments.run(arguments)
-    return code
+    return _carry_out(arguments)
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
+    """Import the module of the command, and only that; run the command's function."""
+    module, _, function = arguments.run.rpartition(".")
+    try:
+        found = import_module(f"pjw.cli.{module}")
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        doing, package, install = extra
+        raise ConfigError(f"cannot {doing}: the package {package} is not installed", hint=install) from None
+    code: int | None = getattr(found, function)(arguments)
+    return code or 0
 
 
 def _prepare_stdout() -> None:

@@ -6,43 +6,26 @@ user learns that it goes on.
 """
 
 import os
-import signal
-import socket
 import sys
-import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pjw.cli import stdin
-from pjw.cli.commands import (
-    exit_code_of_job,
-    start_job,
-    telling_if_stuck,
-    wait_for_end,
-    why_ended,
-    write_all,
-)
-from pjw.cli.exits import EXIT_INTERRUPTED, complain, say
+from pjw.cli.commands import send_upload, start, start_job, telling_if_stuck, wait_for_end
+from pjw.cli.connection import connect
+from pjw.cli.exits import EXIT_INTERRUPTED, complain, exit_code_of_job, say, why_ended
+from pjw.cli.interrupts import HANGUP, Interrupt, in_thread, interrupts_into
+from pjw.cli.terminal import write_all
 from pjw.errors import PjwError, ServerUnreachableError
 from pjw.model import EndReason, Job, JobState
 
 if TYPE_CHECKING:
     from pjw.client.sync import Client
 
-# Windows has none
-_HANGUP: Final = getattr(signal, "SIGHUP", None)
 # Ctrl-C for the first time, for the second; the next one leaves the job to itself.
 _STOP, _KILL = 1, 2
-
-
-class Interrupt:
-    """The user typed Ctrl-C, ended us with SIGTERM, or closed our terminal (SIGHUP)."""
-
-    def __init__(self, signal_number: int) -> None:
-        self.signal_number: Final = signal_number
 
 
 class _Followed:
@@ -77,7 +60,42 @@ class _Retried:
 Event = Job | Interrupt | _Followed | _Sent | _Stopped | _Unstopped | _Retried | Exception
 
 
-def run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
+def run(arguments: Namespace) -> int:
+    """Start a job, be its terminal, and end as it does."""
+    if arguments.output_dir is not None and not arguments.outputs:
+        arguments.parser.error("--output-dir needs --output GLOB, which names the files to keep")
+    if arguments.detach:
+        if arguments.output_dir is not None:
+            arguments.parser.error("with -d nobody waits for the files: pjw cp JOB:. DIR copies them later")
+        return start(arguments)
+    if arguments.array is not None:
+        arguments.parser.error(
+            "pjw run shows the output of one job: start an array with pjw start, or with -d"
+        )
+    if arguments.terminal and arguments.stdin == "-":
+        from pjw.cli import interactive, local_terminal
+
+        local_terminal.require_terminal()
+        with connect(arguments) as client:
+            send_upload(client, arguments)
+            job = start_job(client, arguments)
+            if job.state == "queued":
+                say(f"job {job.id} {job.detail}")
+            code = interactive.at_job(client, job.id, arguments.escape)
+            if arguments.outputs:
+                from pjw.cli.copy import fetch
+
+                fetch(client, client.get(job.id), arguments.output_dir)
+            return code
+    with stdin.opened(arguments.stdin) as descriptor, connect(arguments) as client:
+        send_upload(client, arguments)
+        code = _run_attached(client, arguments, descriptor)
+    if descriptor is None and stdin.is_left():
+        say("the job did not read what is piped into pjw; -i passes it on")
+    return code
+
+
+def _run_attached(client: "Client", arguments: Namespace, stdin: int | None) -> int:
     """Start the requested job, give it its input, follow it to its end, and return its exit code."""
     events: SimpleQueue[Event] = SimpleQueue()
     attached = _Attached(client, arguments, stdin, events)
@@ -236,7 +254,7 @@ class _Attached:
 
     def _interrupted(self, signal_number: int) -> bool:
         """Stop the job, or kill it; return whether to leave it."""
-        if signal_number == _HANGUP and self._interrupts:
+        if signal_number == HANGUP and self._interrupts:
             # a terminal that closes sends it, and the shell that ends there sends it again
             return False
         self._interrupts += 1
@@ -271,49 +289,3 @@ def _tell(words: str) -> None:
     """Tell a user who has just typed ^C, in a line."""
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(sys.stderr.fileno(), f"\npjw: {words}\n".encode())
-
-
-def in_thread(events: "SimpleQueue[Any]", work: Callable[[], object]) -> None:
-    """Run *work* in a thread, and put its result into the queue, or the error that it raises."""
-
-    def report() -> None:
-        try:
-            events.put(work())
-        except Exception as error:  # noqa: BLE001  raised again, by the main thread
-            events.put(error)
-
-    # daemons: a user who leaves does not wait for them
-    threading.Thread(target=report, daemon=True).start()
-
-
-@contextmanager
-def interrupts_into(events: "SimpleQueue[Any]", *more: int | None) -> Iterator[None]:
-    """Put an event into the queue for each signal that arrives; for *more* than those that end programs.
-
-    Python's signal handler in C writes each signal to a socket, and a thread reads them there. A handler in
-    Python runs only when the main thread runs. A signal does not always end the main thread's wait: the
-    signal may arrive just before the wait, or in another thread.
-    """
-    # an ignored signal stays so: a shell starts its background commands like that
-    numbers = (signal.SIGINT, signal.SIGTERM, _HANGUP, *more)
-    caught = [n for n in numbers if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
-    # not a pipe: not every system can make its writes non-blocking
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def report() -> None:
-        with reader:
-            while signals := reader.recv(64):
-                for number in signals:
-                    events.put(Interrupt(number))
-
-    threading.Thread(target=report, daemon=True).start()
-    former = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(former)
-        writer.close()

@@ -1,23 +1,20 @@
 """`pjw stats`: the usage of a job over its life, and between two moments, in numbers and in plots."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from pjw.cli.connection import connect, resolve_id
-from pjw.cli.exits import say
+from pjw.cli.exits import INSTALL_TOP, say
 from pjw.cli.render import json_text, members, printable
-from pjw.cli.subcommands import INSTALL_TOP
 from pjw.cli.terminal import columns, has_colours
 from pjw.cli.units import duration_in_words, size_in_words
 from pjw.model import Job, UsageSample
 
 if TYPE_CHECKING:
     from pjw.client.requests import UsageHistory
-
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 # The usage of a job between two moments, from its totals at each of them.
 

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Final, Self
 
@@ -29,10 +29,25 @@ class _Cursor:
     within_line = False
 
 
-def wrote(data: bytes, descriptor: int) -> None:
+def _wrote(data: bytes, descriptor: int) -> None:
     """Note output of a job, so that the next message of pjw begins a line of its own."""
     if os.isatty(descriptor):
         _Cursor.within_line = not data.endswith(b"\n")
+
+
+def write_all(pieces: Iterator[bytes], descriptor: int) -> None:
+    """Write straight to the descriptor: no decoding, and each piece is out before we wait for the next."""
+    for data in pieces:
+        _wrote(data, descriptor)
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(descriptor, view) :]
+            except BlockingIOError:
+                # another process that shares this pipe or terminal has set it so for all
+                from select import select
+
+                select((), (descriptor,), ())
 
 
 def begin_line() -> None:

@@ -26,7 +26,7 @@ from pjw.cli.stats import Reading, nothing_at, reading
 from pjw.cli.units import SIGNALS, duration_in_words, size_in_words
 from pjw.client.aio import AsyncClient
 from pjw.client.requests import JobUsage, UsageSnapshot
-from pjw.errors import ConfigError, PjwError
+from pjw.errors import PjwError, TerminalError
 from pjw.model import Job, JobSpec, JobState, UsageSample
 
 INTERVAL_SECONDS: Final = 2.0
@@ -57,7 +57,7 @@ ORDERS: Final[tuple[Order, ...]] = (
 def show_top(arguments: argparse.Namespace) -> None:
     """Show the jobs until `q`. Raises PjwError when there is no service to ask."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError(
+        raise TerminalError(
             "cannot show top: stdin and stdout are not a terminal", hint="`pjw list` writes to anything"
         )
     settings = find_settings(arguments)

@@ -12,9 +12,10 @@ from pjw.client.channel import Options  # isort: skip  it sets how gRPC is impor
 import grpc.aio
 
 from pjw.client import requests
-from pjw.client.base import BaseClient
+from pjw.client.base import BaseClient, documented_by
 from pjw.client.input import AsyncUpload
-from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, Trouble, error_from
+from pjw.client.retry import CALLS_AT_ONCE, STOPS_AT_ONCE, WAITS_AT_ONCE, RetryState, error_from
+from pjw.client.sync import Client
 from pjw.errors import JobNotFoundError, JobStateError, PjwError, ServerUnreachableError
 from pjw.model import Archive, ClientQuota, Job, JobState, Session, TerminalSize, base_of
 from pjw.rpc.status import ADMITTED_KEY
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@documented_by(Client)
 class AsyncClient(BaseClient):
     """`Client` for asyncio: the same calls, awaited; each stream is an asynchronous generator."""
 
@@ -50,30 +52,20 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def close(self) -> None:
-        """End the connection, and every call that is under way."""
+        """See `Client.close`."""
         self._link.closed.set()
         await self._channel.close()
 
     async def start(self, spec: requests.Startable) -> Job:
-        """Start a job. However often the connection is lost meanwhile, it starts once.
-
-        A command alone is a spec without anything else. Raises LaunchError when it cannot be executed. With
-        `queue` the job is put into the queue instead, and the answer does not wait for its turn.
-        """
+        """See `Client.start`."""
         return await self._call(requests.start(spec))
 
     async def submit(self, specs: Iterable[requests.Startable]) -> requests.Jobs:
-        """Put up to 500 jobs into the queue, all or none; each is started when its turn comes.
-
-        Raises LimitReachedError when the queue takes no more of them.
-        """
+        """See `Client.submit`."""
         return await self._call(requests.submit(specs))
 
     async def run_many(self, specs: Iterable[requests.Startable]) -> requests.FinishedJobs:
-        """Put jobs into the queue, wait for all of them, and return each with its output, in the same order.
-
-        Whatever ends this call early stops the jobs that have not ended. A failed job raises no error.
-        """
+        """See `Client.run_many`."""
         jobs: list[Job] = []
         try:
             for call in requests.submissions(specs):
@@ -95,19 +87,15 @@ class AsyncClient(BaseClient):
             raise
 
     async def hold(self, job_id: requests.JobId) -> Job:
-        """Keep a job of the queue from being started. Raises JobStateError when it does not wait there."""
+        """See `Client.hold`."""
         return await self._call(requests.hold(job_id, all_clients=self._all_clients))
 
     async def release(self, job_id: requests.JobId) -> Job:
-        """Let a held job of the queue be started. Raises JobStateError when it does not wait there."""
+        """See `Client.release`."""
         return await self._call(requests.release(job_id, all_clients=self._all_clients))
 
     async def run(self, spec: requests.Startable, *, input: bytes | None = None) -> requests.Finished:  # noqa: A002
-        """Start a job, send its *input*, and wait for its end; return the job with all of its output.
-
-        The output is in memory. As with subprocess.run(), whatever ends this call early (Ctrl-C, a lost
-        connection) kills the job. An exit code other than 0 raises no error: see `job.exit_status`.
-        """
+        """See `Client.run`."""
         job = await self.start(requests.with_input(spec, input))
         try:
             if input is not None:
@@ -126,12 +114,7 @@ class AsyncClient(BaseClient):
     async def exec(
         self, job_id: requests.JobId, command: requests.Startable, *, detach: bool = False
     ) -> Session:
-        """Start another command in a job of ours that runs: a session, in the job's limits and namespaces.
-
-        Of a spec the command, `env`, `workdir`, `input` and `request_id` count. `logs`, `write_input`,
-        `wait_session` and `stop_session` take its number. When none of these is under way for two minutes it
-        is hung up, unless it is to *detach*. Raises LaunchError when the command cannot be executed.
-        """
+        """See `Client.exec`."""
         return await self._call(requests.execute(job_id, command, detach=detach))
 
     async def run_in(
@@ -141,7 +124,7 @@ class AsyncClient(BaseClient):
         *,
         input: bytes | None = None,  # noqa: A002
     ) -> requests.FinishedSession:
-        """Run another command in a job, as `run` does a job: with its *input*, and all output in memory."""
+        """See `Client.run_in`."""
         session = await self.exec(job_id, requests.with_input(command, input))
         try:
             if input is not None:
@@ -156,7 +139,7 @@ class AsyncClient(BaseClient):
             raise
 
     async def resize(self, job_id: requests.JobId, size: TerminalSize, *, session: int = 0) -> None:
-        """Give the terminal of a job, or of a session of it, another size."""
+        """See `Client.resize`."""
         await self._call(requests.resize(job_id, size, session))
 
     async def copy_to(
@@ -166,7 +149,7 @@ class AsyncClient(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> "Copied":
-        """Copy as `Client.copy_to` does; files are read in threads."""
+        """See `Client.copy_to`. Threads read the files."""
         from pjw.client.copies import Copied, Packer, in_threads
 
         packer = await asyncio.to_thread(Packer, source)
@@ -190,7 +173,7 @@ class AsyncClient(BaseClient):
         target: str,
         seen: Callable[[int], None] | None = None,
     ) -> "Copied":
-        """Copy as `Client.copy_from` does; files are written in threads."""
+        """See `Client.copy_from`. Threads write the files."""
         from pjw.client.copies import Copied, Unpacker, name_of
 
         unpacker = await asyncio.to_thread(Unpacker, target, name_of(path), requests.copying(job_id, path))
@@ -209,7 +192,7 @@ class AsyncClient(BaseClient):
         return Copied(count, left_out + unpacker.notes.lines)
 
     async def read_archive(self, job_id: requests.JobId, path: str) -> AsyncGenerator[bytes, None]:
-        """Yield an archive as `Client.read_archive` does."""
+        """See `Client.read_archive`."""
         async with aclosing(self._packed(job_id, path, [])) as pieces:
             async for piece in pieces:
                 yield piece
@@ -243,12 +226,12 @@ class AsyncClient(BaseClient):
         yield selection.finish()
 
     def read_artifacts(self, job_id: requests.JobId) -> AsyncGenerator[bytes, None]:
-        """Yield the artifacts as `Client.read_artifacts` does."""
+        """See `Client.read_artifacts`."""
         position = requests.artifacts(job_id, all_clients=self._all_clients)
         return self._stream(position, position.take)
 
     async def artifacts(self, job_id: requests.JobId) -> "AsyncGenerator[Artifact, None]":
-        """Yield the artifacts one by one as `Client.artifacts` does."""
+        """See `Client.artifacts`."""
         from pjw.client.artifacts import Listing
 
         listing = Listing(requests.listing(job_id))
@@ -265,7 +248,7 @@ class AsyncClient(BaseClient):
         path: str = ".",
         seen: Callable[[int], None] | None = None,
     ) -> requests.LeftOut:
-        """Unpack as `Client.write_archive` does, from an asynchronous iterable."""
+        """See `Client.write_archive`; *data* is an asynchronous iterable."""
         return await self._unpack_in(job_id, Archive(path, unpack=True), data, seen)
 
     async def _unpack_in(
@@ -313,19 +296,19 @@ class AsyncClient(BaseClient):
         return notes
 
     async def wait_session(self, job_id: requests.JobId, session: int) -> Session:
-        """Wait without a time limit until a session ends, and return it. Raises SessionNotFoundError."""
+        """See `Client.wait_session`."""
         return await self._call(requests.wait_session(job_id, session))
 
     async def stop_session(self, job_id: requests.JobId, session: int) -> Session:
-        """End a session: SIGHUP, after the server's grace period SIGKILL; its final state."""
+        """See `Client.stop_session`."""
         return await self._call(requests.stop_session(job_id, session))
 
     async def get(self, job_id: requests.JobId) -> Job:
-        """Return one job, by its id, which is a number or text."""
+        """See `Client.get`."""
         return await self._call(requests.get(job_id, all_clients=self._all_clients))
 
     async def find(self, name: str) -> Job:
-        """Return the newest job of that name. Raises JobNotFoundError."""
+        """See `Client.find`."""
         async for job in self.list(name=name, newest_first=True, limit=1):
             return job
         raise JobNotFoundError(name)
@@ -340,7 +323,7 @@ class AsyncClient(BaseClient):
         limit: int | None = None,
         array_id: requests.JobId | None = None,
     ) -> AsyncGenerator[Job, None]:
-        """Yield the jobs with one of these states, all these labels and that name, in order of their ids."""
+        """See `Client.list`."""
         pages = requests.Pages(
             states,
             labels,
@@ -355,22 +338,15 @@ class AsyncClient(BaseClient):
                 yield job
 
     async def wait(self, job_id: requests.JobId, *, or_stuck: bool = False) -> Job:
-        """Wait without a time limit until a job ends, and return it.
-
-        With *or_stuck* it also returns when the job cannot go on: the job was killed and does not end, or it
-        waits for the disk. `detail` says which.
-        """
+        """See `Client.wait`."""
         return await self._call(requests.wait(job_id, or_stuck=or_stuck, all_clients=self._all_clients))
 
     async def stop(self, job_id: requests.JobId, *, grace: float | None = None, signal: int = 0) -> Job:
-        """Stop a job; its final state. After *grace* seconds (the server's default: 10) it is killed.
-
-        It is sent *signal* instead of SIGTERM.
-        """
+        """See `Client.stop`."""
         return await self._call(requests.stop(job_id, grace, signal, all_clients=self._all_clients))
 
     async def delete(self, job_id: requests.JobId) -> None:
-        """Forget an ended job, with its output. Raises JobStateError when it has not ended."""
+        """See `Client.delete`."""
         await self._call(requests.delete(job_id, all_clients=self._all_clients))
 
     def logs(
@@ -384,15 +360,7 @@ class AsyncClient(BaseClient):
         stderr: bool = False,
         session: int = 0,
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the output from *offset* on, or its last *tail* lines.
-
-        The stream ends with the job, or without *follow* with the output that is there. With *since* it
-        begins with the output of that time; a time without a time zone is local.
-
-        The client reconnects after a lost connection, and the stream goes on at the exact byte. With
-        *stderr*, the call reads the stderr of a job that keeps it apart; with *session*, the output of a
-        session of the job.
-        """
+        """See `Client.logs`."""
         position = requests.LogsPosition(
             job_id,
             offset,
@@ -415,7 +383,7 @@ class AsyncClient(BaseClient):
         since: datetime | None = None,
         stderr: bool = False,
     ) -> AsyncGenerator[requests.TimedOutput, None]:
-        """Yield output as `logs` does, each piece with the time at which the job wrote it."""
+        """See `Client.timed_logs`."""
         position = requests.LogsPosition(
             job_id,
             offset,
@@ -437,13 +405,13 @@ class AsyncClient(BaseClient):
         session: int = 0,
         append: bool = False,
     ) -> int:
-        """Send input as `Client.write_input` does, from an asynchronous iterable."""
+        """See `Client.write_input`; *data* is an asynchronous iterable."""
         return await self._write(AsyncUpload(job_id, session, append=append), data, seen)
 
     async def upload(
         self, sources: requests.UploadSources, seen: Callable[[int], None] | None = None
     ) -> requests.Uploaded:
-        """Send files as `Client.upload` does; files are read in threads."""
+        """See `Client.upload`. Threads read the files."""
         from pjw.client.copies import UploadPacker, in_threads
 
         packer = await asyncio.to_thread(UploadPacker, sources)
@@ -454,7 +422,7 @@ class AsyncClient(BaseClient):
     async def _write(
         self, upload: AsyncUpload, data: AsyncIterable[bytes], seen: Callable[[int], None] | None
     ) -> int:
-        trouble = Trouble(self._link, upload.outgoing)
+        trouble = RetryState(self._link, upload.outgoing)
 
         async def send_all() -> None:
             while not await self._send(upload, trouble, seen):
@@ -471,13 +439,13 @@ class AsyncClient(BaseClient):
             # waiting.
             for work in (giving, sending):
                 work.cancel()
-            await asyncio.wait({giving, sending})
+            await asyncio.gather(giving, sending, return_exceptions=True)
         return upload.outgoing.acknowledged
 
     async def connect(
         self, job_id: requests.JobId, port: int, data: AsyncIterable[bytes]
     ) -> AsyncGenerator[bytes, None]:
-        """Connect as `Client.connect` does, from an asynchronous iterable."""
+        """See `Client.connect`; *data* is an asynchronous iterable."""
         first = requests.connection(job_id, port)
         call = self._stub.Forward(_messages(first, data))
         try:
@@ -492,18 +460,15 @@ class AsyncClient(BaseClient):
             call.cancel()
 
     async def usage_history(self, job_id: requests.JobId) -> requests.UsageHistory:
-        """Return the job's usage over its life, in a bounded number of samples."""
+        """See `Client.usage_history`."""
         return await self._call(requests.usage_history(job_id, all_clients=self._all_clients))
 
     async def quota(self, client_name: str = "") -> ClientQuota:
-        """Return the limits of this client, the present usage of its jobs, and its share of the machine.
-
-        With *client_name* those of another client: this takes *all_clients*, and a role for it.
-        """
+        """See `Client.quota`."""
         return await self._call(requests.quota(client_name, all_clients=self._all_clients))
 
     async def workspaces(self) -> requests.Workspaces:
-        """Return the workspaces as `Client.workspaces` does."""
+        """See `Client.workspaces`."""
         pages = requests.WorkspacePages(all_clients=self._all_clients)
         found: requests.Workspaces = []
         while call := pages.next:
@@ -512,17 +477,17 @@ class AsyncClient(BaseClient):
         return found
 
     async def remove_workspace(self, name: str) -> None:
-        """Remove a workspace as `Client.remove_workspace` does."""
+        """See `Client.remove_workspace`."""
         await self._call(requests.remove_workspace(name))
 
     async def images(self) -> requests.Images:
-        """Return the images as `Client.images` does."""
+        """See `Client.images`."""
         return await self._call(requests.images(all_clients=self._all_clients))
 
     async def load_image(
         self, name: str, source: str, seen: Callable[[int], None] | None = None
     ) -> requests.LoadedImage:
-        """Make an image as `Client.load_image` does; files are read in threads."""
+        """See `Client.load_image`. Threads read the files."""
         from pjw.client.copies import in_threads
         from pjw.image_archive import ImageArchive
 
@@ -534,11 +499,11 @@ class AsyncClient(BaseClient):
             return requests.LoadedImage(image, archive.left_out)
 
     async def remove_image(self, name: str) -> None:
-        """Remove an image as `Client.remove_image` does."""
+        """See `Client.remove_image`."""
         await self._call(requests.remove_image(name))
 
     def watch_usage(self, interval: float | None = None) -> AsyncGenerator[requests.UsageSnapshot, None]:
-        """Yield the usage of all running jobs every *interval* seconds (server's default: 2), without end."""
+        """See `Client.watch_usage`."""
         watch = requests.UsageWatch(interval, all_clients=self._all_clients)
         return self._stream(watch, watch.take)
 
@@ -553,13 +518,7 @@ class AsyncClient(BaseClient):
         snapshot: bool = True,
         follow: bool = True,
     ) -> "AsyncJobWatch":
-        """Yield changes of the states of our jobs, each once and in order; without *follow* those until now.
-
-        They begin behind the change *since*; without it with the jobs as they are, or without a *snapshot*
-        with the next change. The client reconnects after a lost connection, and the changes go on where they
-        were. Another program can go on too: it begins behind the `sequence` of the last change. Raises
-        SequenceError when that change is too old.
-        """
+        """See `Client.watch_jobs`."""
         from pjw.client.watch import AsyncJobWatch, WatchPosition
 
         position = WatchPosition(
@@ -579,7 +538,7 @@ class AsyncClient(BaseClient):
             return await self._call_now(call)
 
     async def _call_now(self, call: requests.Call[T]) -> T:
-        trouble = Trouble(self._link, call, outlasts_restart=call.outlasts_restart)
+        trouble = RetryState(self._link, call, outlasts_restart=call.outlasts_restart)
         if self._link.closed.is_set():
             raise trouble.closed()
         while True:
@@ -596,7 +555,7 @@ class AsyncClient(BaseClient):
     async def _stream(
         self, stream: requests.Stream, take: Callable[[Any], T | None]
     ) -> AsyncGenerator[T, None]:
-        trouble = Trouble(self._link, stream)
+        trouble = RetryState(self._link, stream)
         while True:
             call = getattr(self._stub, stream.method)(stream.request)
             try:
@@ -613,7 +572,9 @@ class AsyncClient(BaseClient):
             stream.lost()
             await self._pause(trouble, failure)
 
-    async def _send(self, upload: AsyncUpload, trouble: Trouble, seen: Callable[[int], None] | None) -> bool:
+    async def _send(
+        self, upload: AsyncUpload, trouble: RetryState, seen: Callable[[int], None] | None
+    ) -> bool:
         """Send on one connection; return whether that was all."""
         call = self._stub.WriteInput(upload.requests())
         try:
@@ -633,7 +594,7 @@ class AsyncClient(BaseClient):
         await self._pause(trouble, failure)
         return False
 
-    async def _pause(self, trouble: Trouble, error: grpc.RpcError) -> None:
+    async def _pause(self, trouble: RetryState, error: grpc.RpcError) -> None:
         # In a thread: to diagnose a failed connection, this may read files or open a connection itself.
         await asyncio.sleep(await asyncio.to_thread(trouble.after, error))
         if self._link.closed.is_set():

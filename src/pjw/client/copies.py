@@ -30,7 +30,7 @@ LINKS_MAX: Final = 200_000
 NOTES_MAX: Final = 100
 # as far as file systems go: 2242
 _TIME_MAX: Final = 2**33
-# characters and names that have a meaning of their own on Windows
+# characters and names that have a special meaning on Windows
 _OF_WINDOWS: Final = re.compile(
     r'[<>:"|?*\\\x00-\x1f]|[. ]\Z|\A(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)', re.IGNORECASE
 )

@@ -13,25 +13,16 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Protocol
-
-from pjw import errors
-from pjw.client.config import ClientSettings
-
-if TYPE_CHECKING:
-    import grpc
-
-from typing import Any
+from typing import Any, Final, Protocol
 
 import grpc
 
+from pjw import errors
+from pjw.client.config import ClientSettings
 from pjw.given import host_of
 from pjw.rpc.status import ERROR_KEY, error_of
 
-# The errors that a caller gets for a failed call: pjw.errors, never grpc.RpcError.
-
 CALL_SECONDS: Final = 60
-
 # The server went away: gRPC itself says CANCELLED of calls that reach one as it ends.
 _GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 NOT_FOUND: Final = grpc.StatusCode.NOT_FOUND
@@ -40,6 +31,8 @@ _LOST_WRITE: Final = "Internal error from Core"
 _OF_A_MOMENT: Final = ("starts_per_second", "calls_max")
 # How the core begins its words when a call never had a connection to go out on.
 _NEVER_CONNECTED: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
+
+# The errors that a caller gets for a failed call: pjw.errors, never grpc.RpcError.
 
 
 def is_gone(error: grpc.RpcError) -> bool:
@@ -157,7 +150,7 @@ STOPS_AT_ONCE: Final = 100
 TURN_SECONDS: Final = 60
 
 
-class Link:
+class Contact:
     """The state of a client's connection to its server, shared by all of its calls."""
 
     def __init__(self, settings: ClientSettings, reconnect_seconds: float) -> None:
@@ -167,7 +160,7 @@ class Link:
         self.closed: Final = threading.Event()
 
 
-class Asked(Protocol):
+class CallFacts(Protocol):
     """The facts about a call that decide what happens when it fails."""
 
     @property
@@ -183,10 +176,10 @@ class Asked(Protocol):
         """The progress of the call, and a next step."""
 
 
-class Trouble:
+class RetryState:
     """The failures of one call in a row."""
 
-    def __init__(self, link: Link, asked: Asked, *, outlasts_restart: bool = False) -> None:
+    def __init__(self, link: Contact, asked: CallFacts, *, outlasts_restart: bool = False) -> None:
         """Begin without failures; *outlasts_restart*: a client without answers waits for a restart, too."""
         self._outlasts_restart: Final = outlasts_restart
         self._link: Final = link
@@ -203,11 +196,11 @@ class Trouble:
         self._until = self._turn_until = None
         self._pause = FIRST_PAUSE_SECONDS
 
-    def is_done(self, error: "grpc.RpcError") -> bool:
+    def is_done(self, error: grpc.RpcError) -> bool:
         """Return whether this refusal shows that an earlier attempt, whose answer was lost, did it all."""
         return self._repeated and self._asked.gone_is_done and error.code() is NOT_FOUND
 
-    def after(self, error: "grpc.RpcError") -> float:
+    def after(self, error: grpc.RpcError) -> float:
         """Return the seconds to pause before the next attempt. Raises the final error if none is left."""
         link, now = self._link, time.monotonic()
         if is_too_fast(error) and link.answered and link.reconnect_seconds and not link.closed.is_set():

@@ -43,7 +43,7 @@ Report = Callable[[int, str, str, int, str], None]
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class ProxiedJob:
     """A job, the names that it may reach, its listeners and its connections."""
 
     id: int
@@ -65,7 +65,7 @@ class Proxy:
         self._report: Final = report
         self._max: Final = connections_max
         self._total_max: Final = total_max
-        self._jobs: Final[dict[int, Job]] = {}
+        self._jobs: Final[dict[int, ProxiedJob]] = {}
         self._of_client: Final[Counter[str]] = Counter()
         # of jobs' connections that no task reads, as their hosts have yet to answer; by descriptor
         self._errors: Final = select.epoll()
@@ -81,7 +81,7 @@ class Proxy:
     ) -> None:
         """Accept a job's connections: at its proxy (the listener without a host), and at the others."""
         self.remove(job_id)
-        job = self._jobs[job_id] = Job(job_id, client, [Allowed.of(each) for each in allow])
+        job = self._jobs[job_id] = ProxiedJob(job_id, client, [Allowed.of(each) for each in allow])
         for listener, host, port in listeners:
             job.listeners.append(listener)
             self._accept_from(job, listener, Wanted(host, port) if host else None)
@@ -97,12 +97,12 @@ class Proxy:
         for task in job.tasks:
             task.cancel()
 
-    def _accept_from(self, job: Job, listener: socket.socket, wanted: Wanted | None) -> None:
+    def _accept_from(self, job: ProxiedJob, listener: socket.socket, wanted: Wanted | None) -> None:
         if self._jobs.get(job.id) is job:
             accept = partial(self._accept, job, listener, wanted)
             asyncio.get_running_loop().add_reader(listener, accept)
 
-    def _accept(self, job: Job, listener: socket.socket, wanted: Wanted | None) -> None:
+    def _accept(self, job: ProxiedJob, listener: socket.socket, wanted: Wanted | None) -> None:
         loop = asyncio.get_running_loop()
         try:
             peer, _ = listener.accept()
@@ -146,14 +146,14 @@ class Proxy:
             if events & select.EPOLLERR and task is not None:
                 task.cancel()
 
-    def _turn_away(self, job: Job, peer: socket.socket, wanted: Wanted | None) -> None:
+    def _turn_away(self, job: ProxiedJob, peer: socket.socket, wanted: Wanted | None) -> None:
         with peer, suppress(OSError):
             if wanted is None:
                 peer.send(_answer(503, "too many connections"))
                 peer.shutdown(socket.SHUT_WR)
         self._report(job.id, job.client, wanted.host if wanted else "", wanted.port if wanted else 0, "busy")
 
-    def _over(self, job: Job, number: int, task: "asyncio.Task[None]") -> None:
+    def _over(self, job: ProxiedJob, number: int, task: "asyncio.Task[None]") -> None:
         job.tasks.discard(task)
         if self._tasks.get(number) is task:
             del self._tasks[number]
@@ -166,7 +166,7 @@ class Proxy:
                 {"message": f"a connection of job {job.id} ends", "exception": error}
             )
 
-    async def _serve(self, job: Job, peer: socket.socket, wanted: Wanted | None) -> None:
+    async def _serve(self, job: ProxiedJob, peer: socket.socket, wanted: Wanted | None) -> None:
         with peer, suppress(OSError, h11.ProtocolError):
             try:
                 if wanted is not None:
@@ -178,7 +178,7 @@ class Proxy:
                 if wanted is None:
                     await _say(peer, failure)
 
-    async def _connect(self, job: Job, wanted: Wanted) -> socket.socket:
+    async def _connect(self, job: ProxiedJob, wanted: Wanted) -> socket.socket:
         """Connect to a host, and report the result. Raises Failure."""
         result = "connected"
         try:
@@ -198,7 +198,7 @@ class Proxy:
         finally:
             self._report(job.id, job.client, wanted.host, wanted.port, result)
 
-    async def _serve_http(self, job: Job, peer: socket.socket) -> None:
+    async def _serve_http(self, job: ProxiedJob, peer: socket.socket) -> None:
         """Serve one request. Raises Failure.
 
         There is no second one: a tunnel has none, and otherwise the proxy tells the other side to close.
@@ -233,7 +233,7 @@ class Proxy:
                 await loop.sock_sendall(upstream, early)
             await relay.relay(peer, upstream)
 
-    def _refused(self, job: Job, result: str) -> None:
+    def _refused(self, job: ProxiedJob, result: str) -> None:
         self._report(job.id, job.client, "", 0, result)
 
 
@@ -295,7 +295,10 @@ async def _pass_on(
         raise Failure("unreachable", 502, f"{wanted.host} did not answer in HTTP/1.1") from None
     finally:
         uploading.cancel()
-        await asyncio.gather(uploading, return_exceptions=True)
+        [failed] = await asyncio.gather(uploading, return_exceptions=True)
+        # a job that hung up, or no HTTP: the other direction shows it; all else is a bug
+        if isinstance(failed, Exception) and not isinstance(failed, OSError | h11.ProtocolError):
+            raise failed
 
 
 def _informational(event: h11.InformationalResponse) -> h11.InformationalResponse:

@@ -12,21 +12,28 @@ from typing import Final
 
 # The most bytes that wait in one direction; a pipe holds less where its user has many pipes.
 _PIPE_BYTES: Final = 1 << 19
-# two pipes, beside both sockets
+# two pipes, in addition to both sockets
 DESCRIPTORS: Final = 4
 # One connection moves so many pieces before others have their turn.
 _AT_ONCE: Final = 8
 
 
 async def relay(one: socket.socket, other: socket.socket) -> None:
-    """Move the bytes of each socket to the other; pass an end on; an error ends both directions."""
+    """Move the bytes of each socket to the other; pass an end on; an error ends both directions.
+
+    Raises OSError.
+    """
     ways = [asyncio.ensure_future(_move(one, other)), asyncio.ensure_future(_move(other, one))]
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for way in ways:
             way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+        await asyncio.wait(ways)
+    for way in ways:
+        if not way.cancelled():
+            # a bug, or the error of a socket
+            way.result()
 
 
 async def _move(source: socket.socket, sink: socket.socket) -> None:

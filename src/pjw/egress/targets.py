@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from pjw.egress.proxy_requests import Failure
 
@@ -88,6 +88,13 @@ def _is_own(address: Address) -> bool:
     return True
 
 
+def _asked(lookups: asyncio.Semaphore, asked: asyncio.Future[Any]) -> None:
+    lookups.release()
+    # the connection may have given up, and does not look at the result then
+    if not asked.cancelled():
+        asked.exception()
+
+
 async def _resolve(host: str, port: int, lookups: asyncio.Semaphore) -> list[Address]:
     """Return the addresses of a host. Raises Failure."""
     loop = asyncio.get_running_loop()
@@ -96,7 +103,7 @@ async def _resolve(host: str, port: int, lookups: asyncio.Semaphore) -> list[Add
             await lookups.acquire()
             asked = asyncio.ensure_future(loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
             # its thread is taken until then, whether or not a caller still waits
-            asked.add_done_callback(lambda _: lookups.release())
+            asked.add_done_callback(partial(_asked, lookups))
             found = await asyncio.shield(asked)
     except TimeoutError:
         raise Failure("unresolved", 504, f"cannot resolve {host}: no answer in time") from None

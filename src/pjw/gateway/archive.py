@@ -96,8 +96,8 @@ class StreamCopy:
         return found.hexdigest()
 
 
-class Archive:
-    """The directory, by a descriptor: its user may not be able to reach it by name."""
+class OutputArchive:
+    """The directory, by a descriptor: its user perhaps cannot reach it by name."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         """Take over the descriptor, and the lock; remove what a gateway before us had begun.
@@ -192,7 +192,7 @@ class Archive:
         if size < expected:
             lost = OutputLostError(
                 f"the output of job {job.id} is cut short: {size} of {expected} bytes are in the archive;"
-                " somebody has removed the rest"
+                " the rest has been removed"
             )
         path = paths[1] if part.stderr else paths[0]
         times = f"{self._of(job.id)}/{'stderr_times' if part.stderr else 'times'}"

@@ -34,7 +34,7 @@ from pjw.errors import (
 )
 from pjw.gateway import placement_rows
 from pjw.gateway.answers import check_spec, in_our_words, not_yet
-from pjw.gateway.archive import Archive as OutputArchive
+from pjw.gateway.archive import OutputArchive
 from pjw.gateway.archiving import Archiver
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine
@@ -207,11 +207,11 @@ class GatewayBackend(QueueCalls):
                 node.session.fence(each)
 
     def run_here(self, placed: Placed, node: Node) -> None:
-        """Tell a node that runs a job of a stop that it may not have heard of."""
+        """Tell a node that runs a job of a stop, which it perhaps does not know yet."""
         self._stops.tell(placed, node)
 
     def revoke(self, uuid: str) -> None:
-        """Have a node stop a job whose place the engine took back, though the node may not know that."""
+        """Have a node stop a job whose place the engine took back. The node perhaps does not know that."""
         placed = self.placements.of(uuid)
         node = self._nodes.known.get(placed.placement.node) if placed is not None else None
         if placed is not None and node is not None:

@@ -19,7 +19,7 @@ class Engine(Protocol):
     freed: Callable[[], None]
 
     def has_room(self, shape: Shape) -> bool:
-        """Whether it takes another job of this shape now, beside those with a reservation."""
+        """Whether it takes another job of this shape now, in addition to those with a reservation."""
 
     def check(self, spec: JobSpec) -> None:
         """Raise InvalidJobError for a job to which this engine can give no node.

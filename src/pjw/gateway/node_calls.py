@@ -18,7 +18,7 @@ from pjw.gateway.answers import in_our_words
 from pjw.gateway.dial import Dial, error_from
 from pjw.gateway.nodes import Node
 from pjw.model import Job
-from pjw.output import Head, no_head
+from pjw.output import FramePrefix, no_head
 from pjw.rpc.convert import logs_response_bytes
 from pjw.server.backend import Reading
 from pjw.v1 import job_worker_pb2 as pb
@@ -49,7 +49,7 @@ class NoReading:
     def __init__(self, offset: int) -> None:
         self.offset: Final = offset
 
-    async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, head: FramePrefix = no_head) -> AsyncGenerator[bytes, None]:
         """Nothing. Raises OffsetError for any byte but the first."""
         if self.offset:
             raise OffsetError(f"cannot read output from byte {self.offset}: it has 0 bytes", size=0)
@@ -102,7 +102,7 @@ class ProxyReading:
         finally:
             call.cancel()
 
-    async def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, head: FramePrefix = no_head) -> AsyncGenerator[bytes, None]:
         """Its bytes, as they come, each chunk behind the head that *head* makes from its length."""
         async for message in self._messages(timestamps=False):
             count = logs_response_bytes(message)

@@ -13,7 +13,7 @@ from pjw.errors import InvalidJobError, JobStateError, NotAllowedError
 from pjw.gateway import placement_rows
 from pjw.gateway.engine import Engine
 from pjw.gateway.node_guard import NodeGuard
-from pjw.gateway.nodes import Node, Nodes, Session
+from pjw.gateway.nodes import Node, Nodes, NodeSession
 from pjw.gateway.placement_states import PlacementEvent, PlacementState
 from pjw.gateway.placements import Placed, Placements
 from pjw.model import Job
@@ -32,7 +32,7 @@ _BYTES_MAX: Final = 2**48
 log: Final = logging.getLogger(__name__)
 
 
-class Sessions:
+class NodeSessions:
     """The sessions of all nodes."""
 
     def __init__(
@@ -128,7 +128,7 @@ class Sessions:
             raise JobStateError("the first message of a session is Hello")
         if first.hello.node != name:
             raise NotAllowedError(f"the certificate is that of node {name}, which is not {first.hello.node}")
-        session = Session(first.hello)
+        session = NodeSession(first.hello)
         node = await self._nodes.connected(session)
         hearing = asyncio.ensure_future(self._hear_all(requests, node, session, admit))
         hearing.add_done_callback(lambda _: session.close())
@@ -149,7 +149,7 @@ class Sessions:
             hearing.cancel()
             self._nodes.session_over(node, session)
 
-    async def _begin(self, node: Node, session: Session) -> None:
+    async def _begin(self, node: Node, session: NodeSession) -> None:
         """Ask about jobs that were claimed before this session, and have the node end the lost ones."""
         uuids = [
             placed.placement.uuid
@@ -168,7 +168,7 @@ class Sessions:
         self,
         requests: AsyncIterator[pb.SessionRequest],
         node: Node,
-        session: Session,
+        session: NodeSession,
         admit: Callable[[], None],
     ) -> None:
         async for request in requests:
@@ -201,7 +201,7 @@ class Sessions:
         placed = self._placements.of(uuid)
         return placed if placed is not None and placed.placement.node == node.row.name else None
 
-    async def _started(self, message: pb.Started, node: Node, session: Session) -> None:
+    async def _started(self, message: pb.Started, node: Node, session: NodeSession) -> None:
         placed = self._of(message.uuid, node)
         if placed is None:
             await self._fence_if_lost(message.uuid, node, session)
@@ -222,7 +222,7 @@ class Sessions:
         else:
             await self._placements.start_failed(placed, message.detail)
 
-    async def _ended(self, message: pb.Ended, node: Node, session: Session) -> None:
+    async def _ended(self, message: pb.Ended, node: Node, session: NodeSession) -> None:
         job = _told(message.job, node)
         if not job.state.final:
             raise InvalidJobError(f"node {node.row.name} tells the end of a job that is {job.state}")
@@ -257,7 +257,7 @@ class Sessions:
         if placement is not None and placement.node == node.row.name:
             await self._store.transact(placement_rows.keep_late_end, placement.job_id, 0, "unknown")
 
-    async def _fence_if_lost(self, uuid: str, node: Node, session: Session) -> None:
+    async def _fence_if_lost(self, uuid: str, node: Node, session: NodeSession) -> None:
         placement = await self._store.transact(placement_rows.by_uuid, uuid)
         if (
             placement is not None

@@ -123,7 +123,7 @@ class NodeState(StrEnum):
     LOST = "lost"
 
 
-class Session:
+class NodeSession:
     """The session of a connected node, and the messages to it, in their order."""
 
     def __init__(self, hello: pb.Hello) -> None:
@@ -168,7 +168,7 @@ class Node:
 
     def __init__(self, row: NodeRow, heard: float) -> None:
         self.row = row
-        self.session: Session | None = None
+        self.session: NodeSession | None = None
         # when we last heard of it, by the loop's clock
         self.heard = heard
         # set when it comes or goes, and then replaced
@@ -221,7 +221,7 @@ class Node:
         return self._used[2]
 
     def has_room(self, shape: Shape) -> bool:
-        """Whether a job of this shape fits beside its jobs; a job that is too large takes the whole node."""
+        """Whether a job of this shape fits next to its jobs; a job that is too large takes the whole node."""
         if not self.could_have(shape) or shape.gpus > self.free_gpus():
             return False
         used, wanted = self.used(), self._part(shape)
@@ -327,7 +327,7 @@ class Nodes:
         except KeyError:
             raise NodeNotFoundError(name) from None
 
-    async def connected(self, session: Session) -> Node:
+    async def connected(self, session: NodeSession) -> Node:
         """Take in a node that has said hello. Raises JobStateError when it does not fit the others."""
         hello, now = session.hello, asyncio.get_running_loop().time()
         require_no_newer(hello)
@@ -396,7 +396,7 @@ class Nodes:
             )
             self.came()
 
-    def session_over(self, node: Node, session: Session) -> None:
+    def session_over(self, node: Node, session: NodeSession) -> None:
         """Note that a session has ended; the end of an earlier session of the node changes nothing."""
         session.close()
         if node.session is session:

@@ -8,13 +8,13 @@ from socket import socket
 import grpc
 
 from pjw.certs.files import Credentials
-from pjw.gateway.archive import Archive
+from pjw.gateway.archive import OutputArchive
 from pjw.gateway.backend import GatewayBackend
 from pjw.gateway.cluster_service import CLUSTER_SERVICE, ClusterService
 from pjw.gateway.dial import Dial
 from pjw.gateway.engine import Engine
 from pjw.gateway.node_guard import NodeGuard
-from pjw.gateway.node_sessions import NODE_SERVICE, Sessions
+from pjw.gateway.node_sessions import NODE_SERVICE, NodeSessions
 from pjw.gateway.nodes import Nodes
 from pjw.gateway.pool import Pool
 from pjw.gateway.slurm import Slurm
@@ -59,11 +59,11 @@ async def opened(
             backend.engine.revoked = backend.revoke
             background.keep("the sampler of Slurm", backend.engine.run())
         if archive is not None:
-            state.archive = Archive(archive, config.gateway.archive or "")
+            state.archive = OutputArchive(archive, config.gateway.archive or "")
             stack.callback(state.archive.close)
             backend.keep_in(state.archive)
         await backend.begin()
-        sessions = Sessions(
+        sessions = NodeSessions(
             state.store,
             nodes,
             backend.placements,

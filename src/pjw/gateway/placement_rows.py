@@ -151,7 +151,7 @@ def claim(
     if placement is None or placement.state is not PlacementState.QUEUED or placement.uuid != placed.uuid:
         return None
     if queue_rows.admit(db, placed.job_id, limits, now_ns) is None:
-        # somebody holds it
+        # it is held
         return None
     if not _move(
         db,

@@ -52,7 +52,7 @@ _S = PlacementState
 _E = PlacementEvent
 
 # A pair that is not here changes nothing: it is old news, or about no job of the gateway. Final states stay:
-# the gateway only keeps the late end of a LOST job beside it. UNKNOWN puts a claimed job back, since a node
+# the gateway only keeps the late end of a LOST job with it. UNKNOWN puts a claimed job back, since a node
 # writes its row before it starts anything. For a running job UNKNOWN means that the node's table is gone.
 TRANSITIONS: Final[dict[tuple[PlacementState, PlacementEvent], PlacementState]] = {
     (_S.QUEUED, _E.CLAIM): _S.CLAIMED,

@@ -14,7 +14,7 @@ from typing import Any, Final
 from pjw.errors import PjwError
 from pjw.gateway import placement_rows
 from pjw.gateway.engine import Engine
-from pjw.gateway.nodes import Node, Session, Shape, needs_of
+from pjw.gateway.nodes import Node, NodeSession, Shape, needs_of
 from pjw.gateway.placement_rows import Placement
 from pjw.gateway.placement_states import PlacementEvent, PlacementState
 from pjw.model import EndReason, Job, JobState
@@ -38,7 +38,7 @@ class Placed:
         # set when it has ended, or waits in the queue again: then this object is of no more use
         self.over: Final = Flag()
         # the session in which we told its node to stop it
-        self.stop_told: Session | None = None
+        self.stop_told: NodeSession | None = None
         # the files that were sent for it, once a node has claimed it
         self.upload = ""
 
@@ -162,7 +162,7 @@ class Placements:
     async def claim(
         self, uuid: str, node: Node, session: str, hold: str = ""
     ) -> tuple[Placed, WaitingJob] | None:
-        """Give a node a job, with its command; None when the node may not have the job.
+        """Give a node a job, with its command; None when the job must not go to that node.
 
         *hold*: the engine's place for it, where the engine gives places. The claim is on the disk then, so
         the node may start the job as soon as it has the answer.
@@ -287,7 +287,7 @@ class Placements:
         try:
             await self._store.sync()
         except PjwError as error:
-            log.error("the end of job %d may not survive a power cut: %s", job.id, error)
+            log.error("the end of job %d might not survive a power cut: %s", job.id, error)
         following = None if job.retried_as is None else await self._store.get(job.retried_as)
         if job.reason is not None:
             self.by_reason[job.reason] += 1

@@ -22,7 +22,7 @@ from pjw.model import JobSpec
 _SHAPES_MAX: Final = 256
 
 
-class Room:
+class NoRoomBefore:
     """Remembers for each shape before which node there is no room.
 
     That holds until a node has more room (`more`), or may get jobs again (`forget`).
@@ -86,7 +86,7 @@ class Pool:
 
     def __init__(self, nodes: Nodes, running_max: Callable[[], int]) -> None:
         self._nodes: Final = nodes
-        self._room: Final = Room(nodes, self._gets_jobs)
+        self._room: Final = NoRoomBefore(nodes, self._gets_jobs)
         # how many jobs of a client may be on nodes at once; 0: any number
         self._running_max: Final = running_max
         self._waiting: Final[dict[str, _Waiting]] = {}
@@ -104,7 +104,7 @@ class Pool:
         return self._find(shape) is not None
 
     def check(self, spec: JobSpec) -> None:
-        """See `Engine`: it can run whatever a node can, and has none of Slurm's words."""
+        """See `Engine`: it can run any job that a node can, and does not know Slurm's options."""
         for what, asked in (("a partition", spec.partition), ("a constraint", spec.constraint)):
             if asked:
                 raise not_with(what, "pool")

@@ -11,7 +11,7 @@ from pjw.gateway.nodes import Nodes
 from pjw.gateway.placements import shape_of
 from pjw.model import Limits
 from pjw.worker.settings import WorkerSettings
-from pjw.worker.slots import Slots, Use, Wanting
+from pjw.worker.slots import Slots, SlotUse, Wanting
 
 
 class ClusterSlots(Slots):
@@ -21,20 +21,20 @@ class ClusterSlots(Slots):
         super().__init__(settings)
         self._nodes: Final = nodes
         self._engine: Final = engine
-        self._cluster = Use(0, 1, 1)
-        self._largest = Use()
+        self._cluster = SlotUse(0, 1, 1)
+        self._largest = SlotUse()
 
     def measure(self) -> None:
         """Nodes have come or gone."""
         rows = [node.row for node in self._nodes.known.values() if node.session is not None]
         cpus, memory = [row.cpu_max_millicores for row in rows], [row.memory_max_bytes for row in rows]
-        self._cluster = Use(0, max(sum(cpus), 1), max(sum(memory), 1))
-        self._largest = Use(1, max(cpus, default=0), max(memory, default=0))
+        self._cluster = SlotUse(0, max(sum(cpus), 1), max(sum(memory), 1))
+        self._largest = SlotUse(1, max(cpus, default=0), max(memory, default=0))
 
     def has_room_of_own(self, client_name: str, limits: Limits) -> bool:
         """See `Slots`."""
         most = self.settings.quotas.running_max
-        if most and self._clients.get(client_name, Use()).jobs >= most:
+        if most and self._clients.get(client_name, SlotUse()).jobs >= most:
             return False
         return super().has_room_of_own(client_name, limits)
 
@@ -42,7 +42,7 @@ class ClusterSlots(Slots):
         """See `Slots`."""
         slots, total = self.settings.queue, self.settings.quotas.running_total_max
         jobs = min(filter(None, (slots.running_max, total)), default=0)
-        most = Use(jobs, slots.cpu_max_millicores or 0, slots.memory_max_bytes or 0)
+        most = SlotUse(jobs, slots.cpu_max_millicores or 0, slots.memory_max_bytes or 0)
         return self._all.room_for(self._promise(job.limits), most) and self._engine.has_room(shape_of(job))
 
     def reserve(self, job: Wanting) -> None:
@@ -87,13 +87,13 @@ class ClusterSlots(Slots):
             return "it is not connected"
         return "it is drained" if node.is_drained else "it has no room for it now"
 
-    def _whole(self) -> Use:
+    def _whole(self) -> SlotUse:
         return self._cluster
 
-    def _promise(self, limits: Limits) -> Use:
+    def _promise(self, limits: Limits) -> SlotUse:
         """Return what a job may use; without a limit, or above the largest node's, that is all of a node."""
         most = self._largest
-        return Use(
+        return SlotUse(
             1,
             min(limits.cpu_max_millicores or most.millicores, most.millicores or limits.cpu_max_millicores),
             min(limits.memory_max_bytes or most.memory, most.memory or limits.memory_max_bytes),

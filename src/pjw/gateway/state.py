@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Final, ParamSpec, TypeVar
 
 from pjw.errors import ConfigError, KernelError, LimitReachedError, describe_errno
-from pjw.gateway.archive import Archive
+from pjw.gateway.archive import OutputArchive
 from pjw.model import Job
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.store import JobStore
@@ -38,7 +38,7 @@ class GatewayState:
         *files* are the operator's, which a reload reads again; *audit_log* is the path of the audit log.
         """
         self.path: Final = os.path.realpath(path)
-        self.archive: Archive | None = None
+        self.archive: OutputArchive | None = None
         self._files: Final = files
         self._audit_log: Final = audit_log
         table = os.path.join(self.path, _TABLE)
@@ -49,7 +49,7 @@ class GatewayState:
             raise _unusable(path, error) from error
         try:
             self.store: Final = JobStore(table)
-            # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
+            # By descriptor: its owner perhaps cannot reach it by name (a parent of mode 0700).
             self.descriptor: Final = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self.jobs_path: Final = f"/proc/self/fd/{self.descriptor}"
             self.store.secrets = SecretFiles(self.jobs_path)

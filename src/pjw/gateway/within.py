@@ -36,9 +36,9 @@ from pjw.rpc.convert import (
 )
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.input import ended_error, require_input
-from pjw.worker.tasks import Flag, first_of, side_by_side
+from pjw.worker.tasks import Flag, first_of, log_bug, side_by_side
 
-Answer = Callable[[pb.ForwardResponse], Awaitable[None]]
+Respond = Callable[[pb.ForwardResponse], Awaitable[None]]
 
 # A script may start a job and enter it at once, as on one machine: for a moment there is no node.
 _FRESH_SECONDS: Final = 1.0
@@ -151,6 +151,7 @@ class Within:
         try:
             async with timeout:
                 watching = asyncio.ensure_future(_when_over(call, timeout.reschedule))
+                watching.add_done_callback(log_bug)
                 await writer.begin(pb.WriteInputRequest(id=there.node_job_id, session=session))
                 yield writer
         except TimeoutError:
@@ -250,7 +251,7 @@ class NodeConnection:
         self._there: Final = there
 
     async def carry(
-        self, first: pb.ForwardRequest, requests: AsyncIterator[pb.ForwardRequest], answer: Answer
+        self, first: pb.ForwardRequest, requests: AsyncIterator[pb.ForwardRequest], answer: Respond
     ) -> None:
         """Return when both ends have no more to say; see `server.forward.carry`."""
         there = self._there
@@ -292,7 +293,7 @@ async def _send(
         await call.done_writing()
 
 
-async def _receive(call: Any, answer: Answer) -> None:  # noqa: ANN401
+async def _receive(call: Any, answer: Respond) -> None:  # noqa: ANN401
     while (message := await call.read()) is not grpc.aio.EOF:
         await answer(pb.ForwardResponse.FromString(message))
 

@@ -30,7 +30,7 @@ from pjw.launcher.protocol import Remaining
 # More processes are counted and not named. Beyond the second number none is looked at: other requests wait.
 NAMED_MAX: Final = 4
 LOOKED_AT_MAX: Final = 200
-# The kernel's words for a process that waits for nothing, or whose wait we may not know.
+# The kernel's words for a process that waits for nothing, or whose wait we must not see.
 _NO_WCHAN: Final = ("0", "")
 # of <linux/sched.h>
 _PF_EXITING: Final = 0x4

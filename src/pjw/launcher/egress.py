@@ -40,7 +40,7 @@ class _Job:
     sockets: tuple[int, ...]
 
 
-class Egress:
+class EgressProcess:
     """The process, and all that it has to know."""
 
     def __init__(self, watcher: Watcher, policy: Policy) -> None:

@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -24,7 +24,7 @@ from pjw.errors import ConfigError, JobStateError, KernelError, PjwError
 from pjw.launcher.cgroup import Cgroup, Hierarchy
 from pjw.launcher.departures import Departures, Waiter
 from pjw.launcher.images import Images
-from pjw.launcher.phases import InitPhase
+from pjw.launcher.phases import InitPhase, Phases
 from pjw.launcher.policy import JOB_ID_MAX, Policy
 from pjw.launcher.processes import Watcher, has_ended, is_ready
 from pjw.launcher.protocol import Launch
@@ -32,7 +32,6 @@ from pjw.launcher.scratch import Scratch
 from pjw.launcher.spawn import Cloned, Spawner, read_report
 from pjw.launcher.visible import MOUNTINFO, Place, places_of, read_mounts, template_of
 from pjw.model import Limits, Share
-from pjw.network import Listener
 from pjw.process import close_all
 
 # Seconds that an init waits before a new one replaces it.
@@ -57,7 +56,7 @@ class Init:
     pidfd: int = -1
 
 
-class Pool:
+class InitPool:
     """The inits that wait, by the ids of the jobs that they are for."""
 
     def __init__(
@@ -68,22 +67,21 @@ class Pool:
         scratch: Scratch,
         departures: Departures,
         images: Images,
+        phases: Phases,
+        spawner: Spawner,
         oldest_seconds: float = OLDEST_SECONDS,
     ) -> None:
         """Prepare the mounts. Raises ConfigError for a path that cannot be shown to jobs."""
         self._watcher: Final = watcher
         self._departures: Final = departures
-        # the ids of those that got no job and are not gone yet
-        self._discarded: Final[set[int]] = set()
+        self._phases: Final = phases
         self._open = True
         self._policy: Final = policy
         self._size: Final = policy.waiting_inits
         self._hierarchy: Final = hierarchy
         self._scratch: Final = scratch
         self._images: Final = images
-        # init looks paths up in a template, where a link leads nowhere
-        self._scratch_directory: Final = os.path.realpath(scratch.directory)
-        self._spawner: Final = Spawner(watcher, policy, self._scratch_directory)
+        self._spawner: Final = spawner
         self._waiting: Final[dict[int, Init]] = {}
         self._wanted: list[int] = []
         # the client, its share, and the limits that are guessed
@@ -103,17 +101,11 @@ class Pool:
         table = read_mounts()
         places = places_of(self._policy.visible_paths, self._policy.hidden_paths, table)
         # the host's own directories that init takes for a job
-        taken = (self._scratch_directory, *self._hierarchy.shown)
+        taken = (self._spawner.scratch, *self._hierarchy.shown)
         places += template_of(places, taken, table)
         if places != self._places:
             self._places = places
             self._spawner.show(places)
-
-    def phase_of(self, job_id: int) -> InitPhase:
-        """Return WAITING, DISCARDED, or ABSENT where the pool knows nothing of an init for the job."""
-        if job_id in self._waiting:
-            return InitPhase.WAITING
-        return InitPhase.DISCARDED if job_id in self._discarded else InitPhase.ABSENT
 
     @property
     def wants_more(self) -> bool:
@@ -127,7 +119,8 @@ class Pool:
 
     def _next_wanted(self) -> int | None:
         # one that a wrong guess has the place of is wanted when that has gone
-        return next((job_id for job_id in reversed(self._wanted) if job_id not in self._discarded), None)
+        absent = InitPhase.ABSENT
+        return next((each for each in reversed(self._wanted) if self._phases.of(each) is absent), None)
 
     def take(self, request: Launch, then: Callable[[Init | PjwError], None]) -> None:
         """Give *then* the init for a job, made now if none waits; guess the next wish from it.
@@ -207,6 +200,7 @@ class Pool:
             # cannot be made, if that is still so then.
             return
         self._waiting[job_id] = init
+        self._phases.move(job_id, InitPhase.WAITING)
         self._watcher.watch(init.report, lambda: self._on_report(init))
         if not self._is_renewing:
             self._is_renewing = True
@@ -261,27 +255,6 @@ class Pool:
             close_all(trees)
         return Init(job_id, uid, limits, cgroup, report, made_at, image, read_only)
 
-    def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
-        """Have a session made in a running job; return the socket that it reports to. Raises KernelError."""
-        try:
-            return self._spawner.spawn_session(job_id, init, cgroup, tool)
-        except OSError as error:
-            raise KernelError("spawn a session of", f"job {job_id}", error.errno or 0) from error
-
-    def connect(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
-        """Have a process connect to a port in a job; return the socket it reports to. Raises KernelError."""
-        try:
-            return self._spawner.spawn_connection(job_id, init, cgroup, uid, port)
-        except OSError as error:
-            raise KernelError("spawn a connection of", f"job {job_id}", error.errno or 0) from error
-
-    def listen(self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]) -> socket.socket:
-        """Have processes listen in a running job; return the socket they report to. Raises KernelError."""
-        try:
-            return self._spawner.spawn_listeners(job_id, init, cgroup, listeners)
-        except OSError as error:
-            raise KernelError("spawn listeners of", f"job {job_id}", error.errno or 0) from error
-
     def discard(
         self,
         init: Init,
@@ -309,11 +282,14 @@ class Pool:
         late_seconds: float = GUESS_LATE_SECONDS,
     ) -> None:
         def on_gone() -> None:
-            self._discarded.discard(job_id)
+            # a launch of the job may have begun, or failed; it moves the phase on
+            if self._phases.of(job_id) is InitPhase.DISCARDED:
+                self._phases.move(job_id, InitPhase.ABSENT)
             self._scratch.remove_if_empty(job_id)
             then()
 
-        self._discarded.add(job_id)
+        if self._phases.of(job_id) in (InitPhase.ABSENT, InitPhase.WAITING):
+            self._phases.move(job_id, InitPhase.DISCARDED)
         # Half a cgroup, or a disk that was taken away, does not prevent the kill.
         with suppress(KernelError):
             cgroup.lift_throttles()
@@ -357,7 +333,6 @@ class Pool:
         self._open = False
         self.empty()
         self._departures.settle()
-        self._spawner.close()
         self._mounts.close()
 
 

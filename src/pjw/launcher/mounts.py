@@ -19,7 +19,7 @@ from pjw.errors import ConfigError, GpuError, InvalidJobError, MountError, PjwEr
 from pjw.launcher.cdi import Edit
 from pjw.launcher.processes import Timer, Watcher
 from pjw.launcher.protocol import LAUNCH_SECONDS
-from pjw.launcher.spawn import Failed, Opened, read_report, spawn_opener
+from pjw.launcher.spawn import Failed, OpenedTree, read_report, spawn_opener
 from pjw.model import OFFERED_MAX, MountSource
 from pjw.process import close_all
 
@@ -83,7 +83,7 @@ class Mounts:
 
     def _on_report(self, opening: _Opening) -> None:
         match read_report(opening.report):
-            case Opened(tree):
+            case OpenedTree(tree):
                 opening.trees.append(tree)
                 if len(opening.trees) == len(opening.sources):
                     self._finish(opening)

@@ -1,4 +1,4 @@
-"""The phases of a job's init in a launcher, and the worker's possible requests in each, as a table."""
+"""The phases of a job's init in a launcher, as tables: the changes, and the permitted requests in each."""
 
 from enum import StrEnum
 from typing import Final
@@ -11,7 +11,7 @@ class InitPhase(StrEnum):
 
     # This launcher has no init for the job. An earlier launcher's may run: the worker then asks to adopt it.
     ABSENT = "absent"
-    # It was made ahead and waits for an order (pool.py).
+    # It was made ahead and waits for an order (inits.py).
     WAITING = "waiting"
     # It got no job and is on its way out.
     DISCARDED = "discarded"
@@ -28,6 +28,21 @@ class InitPhase(StrEnum):
 
 
 _P = InitPhase
+
+# A change that is not here cannot happen. A launch that gets no init goes back: the init could not be made,
+# or the one of a wrong guess did not go in time and is still on its way out.
+TRANSITIONS: Final[dict[InitPhase, frozenset[InitPhase]]] = {
+    _P.ABSENT: frozenset({_P.WAITING, _P.DISCARDED, _P.LAUNCHING, _P.RUNNING}),
+    _P.WAITING: frozenset({_P.DISCARDED, _P.LAUNCHING}),
+    _P.DISCARDED: frozenset({_P.LAUNCHING, _P.ABSENT}),
+    _P.LAUNCHING: frozenset({_P.RUNNING, _P.REFUSED, _P.DISCARDED, _P.ABSENT}),
+    _P.REFUSED: frozenset({_P.LEFT, _P.ABSENT}),
+    _P.LEFT: frozenset({_P.ABSENT}),
+    _P.RUNNING: frozenset({_P.ENDED}),
+    _P.ENDED: frozenset({_P.ABSENT}),
+}
+
+_WITHOUT_JOB: Final = frozenset({_P.WAITING, _P.DISCARDED, _P.REFUSED, _P.LEFT})
 _NO_LAUNCH_UNDER_WAY: Final = frozenset({_P.ABSENT, _P.RUNNING, _P.ENDED})
 _HAS_HAD_A_LAUNCH: Final = frozenset(_P) - {_P.WAITING, _P.DISCARDED}
 
@@ -48,7 +63,33 @@ PERMITTED: Final[dict[str, frozenset[InitPhase]]] = {
 }
 
 
-def require_permitted(op: str, job_id: int, phase: InitPhase) -> None:
-    """Raise JobStateError when no request *op* about a job is answered in this phase of its init."""
-    if phase not in PERMITTED[op]:
-        raise JobStateError(f"cannot answer the request {op}: the init of job {job_id} is {phase}")
+class Phases:
+    """The phase of each init that the launcher knows: the one place where a phase changes."""
+
+    def __init__(self) -> None:
+        """Begin with no init."""
+        self._of: Final[dict[int, InitPhase]] = {}
+
+    def of(self, job_id: int) -> InitPhase:
+        """Return the phase of a job's init."""
+        return self._of.get(job_id, InitPhase.ABSENT)
+
+    def move(self, job_id: int, to: InitPhase) -> None:
+        """Change the phase of a job's init. Raises AssertionError for a change that TRANSITIONS lacks."""
+        former = self.of(job_id)
+        if to not in TRANSITIONS[former]:
+            raise AssertionError(f"the init of job {job_id} cannot become {to}: it is {former}")
+        if to is InitPhase.ABSENT:
+            del self._of[job_id]
+        else:
+            self._of[job_id] = to
+
+    def is_without_job(self, job_id: int) -> bool:
+        """Whether an init got no job, and leaves with all that was made for it."""
+        return self.of(job_id) in _WITHOUT_JOB
+
+    def require_permitted(self, op: str, job_id: int) -> None:
+        """Raise JobStateError when no request *op* about a job is answered in the phase of its init."""
+        phase = self.of(job_id)
+        if phase not in PERMITTED[op]:
+            raise JobStateError(f"cannot answer the request {op}: the init of job {job_id} is {phase}")

@@ -133,7 +133,7 @@ class Policy:
         within = [hidden for hidden in self.hidden_paths if hidden != path and lies_in(hidden, path)]
         return within + [own for own in self.own_paths if lies_in(path, own)]
 
-    def check_launch(self, request: Launch, descriptors: list[int]) -> None:
+    def check_launch(self, request: Launch, descriptors: Sequence[int]) -> None:
         """Check the launch. Raises InvalidJobError if it is not allowed, KernelError if that is unknown."""
         check_job_id(request.job_id)
         self.check_uid(request.uid)
@@ -169,7 +169,7 @@ class Policy:
         if request.link:
             check_link(request.link)
 
-    def check_exec(self, request: Exec, owner: int, descriptors: list[int]) -> None:
+    def check_exec(self, request: Exec, owner: int, descriptors: Sequence[int]) -> None:
         """Check a session in a job of the user *owner* likewise: it must be that user's, too."""
         self._check_owner(request, owner)
         most = self.ceiling.output_max_bytes
@@ -222,7 +222,7 @@ def _check_directory(name: str) -> None:
         check_workspace(name)
 
 
-def _check_rest(request: Launch | Exec, descriptors: list[int]) -> None:
+def _check_rest(request: Launch | Exec, descriptors: Sequence[int]) -> None:
     if not 1 <= request.grace_seconds < 2**31:
         raise InvalidJobError("the grace period must be from 1 to 2^31-1 seconds")
     if request.terminal and request.split_stderr:

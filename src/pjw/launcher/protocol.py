@@ -40,6 +40,8 @@ LAUNCH_SECONDS: Final = 30.0
 UNPACK_SECONDS: Final = 600.0
 # The most sessions of a job at once. The worker looks first, the launcher again.
 SESSIONS_MAX: Final = 16
+# Where the launcher adds the usage of an ended job to its status file: far behind all that init may write.
+ACCOUNTS_OFFSET: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)

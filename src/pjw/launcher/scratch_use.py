@@ -33,7 +33,7 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(slots=True)
-class Use:
+class FileCount:
     """The files of one job, as far as they were counted."""
 
     bytes: float = 0
@@ -68,11 +68,11 @@ def spawn_counter(module: str, *arguments: str) -> tuple[int, int]:
     return pid, reading
 
 
-def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[int, Use]:
+def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[int, FileCount]:
     """Count the files of each job, as far as possible in the time given."""
     deadline = time.monotonic() + seconds
-    uses: dict[int, Use] = {}
-    walked: dict[int, Use] = {}
+    uses: dict[int, FileCount] = {}
+    walked: dict[int, FileCount] = {}
     walks: list[Generator[None, None, None]] = []
     devices: set[int] = set()
     with_image: set[int] = set()
@@ -85,7 +85,7 @@ def count(instance: str, places: list[str], seconds: float = SECONDS) -> dict[in
         for job_id in job_ids_in(place, prefix=""):
             path = os.path.join(place, str(job_id))
             counted = quotas.use(job_id, path) if quotas is not None else None
-            uses[job_id] = Use(*(counted or (0, 0)))
+            uses[job_id] = FileCount(*(counted or (0, 0)))
             if counted is None:
                 devices.add(os.fstat(descriptor).st_dev)
                 walked[job_id] = uses[job_id]
@@ -109,7 +109,7 @@ def _goes_on(walking: Generator[None, None, None], deadline: float) -> bool:
     return all(next(walking, walking) is None for _ in range(_TURN))
 
 
-def walk(path: str, use: Use) -> Generator[None, None, None]:
+def walk(path: str, use: FileCount) -> Generator[None, None, None]:
     """Count the files below a directory, a step for each name; no link is followed, no mount entered."""
     # By descriptors, since the job renames as it likes meanwhile.
     levels: list[_Level] = []
@@ -153,7 +153,7 @@ def _enter(levels: list[_Level], name: str, parent: int | None) -> None:
 
 
 def _walk_open(
-    instance: bytes, devices: set[int], uses: dict[int, Use], with_image: set[int]
+    instance: bytes, devices: set[int], uses: dict[int, FileCount], with_image: set[int]
 ) -> Generator[None, None, None]:
     """Count files that have no name any more, and that processes of jobs have open or mapped.
 
@@ -173,7 +173,7 @@ def _walk_open(
             use = uses.get(int(found[1])) if found else None
             if found is None or use is None:
                 continue
-            # files written to an image belong to its overlay, which has a device of its own
+            # files written to an image belong to its overlay, which has its own device
             own = {os.stat(f"/proc/{pid}/root").st_dev} if int(found[1]) in with_image else set()
             for directory in (f"/proc/{pid}/fd", f"/proc/{pid}/map_files"):
                 for name in os.listdir(directory):

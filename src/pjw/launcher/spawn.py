@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pjw.errors import ProtocolError
+from pjw.errors import KernelError, ProtocolError
 from pjw.launcher.cdi import Edit
 from pjw.launcher.cgroup import Cgroup
 from pjw.launcher.policy import JOB_ENVIRONMENT, JOB_ID_MAX, Policy, still_offered
@@ -62,7 +62,7 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedTree:
     """A mount of a directory, which is mounted nowhere yet, by its descriptor."""
 
     tree: int
@@ -96,10 +96,11 @@ class Spawner:
     """
 
     def __init__(self, watcher: Watcher, policy: Policy, scratch: str) -> None:
-        """Begin without a spawner; *scratch* is the directory of all scratch directories, without links."""
+        """Begin without a spawner; *scratch* is the directory of all scratch directories."""
         self._watcher: Final = watcher
         self._hidden: Final = policy.hidden_paths
-        self._scratch: Final = scratch
+        # init looks paths up in a template, where a link leads nowhere
+        self.scratch: Final = os.path.realpath(scratch)
         self._requests: socket.socket | None = None
         # the options that all inits have in common, encoded
         self._places = b""
@@ -118,32 +119,41 @@ class Spawner:
         *trees* are mounts of an image, which is the job's root instead of the host's (Images.trees). Failures
         from here on are reported. Raises OSError.
         """
-        own = f"{self._scratch}/{job_id}"
+        own = f"{self.scratch}/{job_id}"
         words: list[str | int] = ["--hostname", f"job-{job_id}", "--scratch", f"{own}/job" if trees else own]
         words += [word for tree in trees for word in ("--image-fd", tree)]
         words += ["--image-read-only"] if trees and read_only else []
         return self._spawn(job_id, cgroup.init_arguments(), words, self._places)
 
-    def spawn_session(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
-        """Spawn likewise for a session in a job that runs, whose *init* is known by its pidfd.
+    def enter(self, job_id: int, init: int, cgroup: Cgroup, tool: int | None) -> socket.socket:
+        """Spawn a session in a job that runs, whose *init* is known by its pidfd; it waits for its order.
 
         A *tool* is a descriptor of the program that it executes instead of one that its command names.
+        Returns the socket that it reports to. Raises KernelError.
         """
-        more: list[str | int] = ["--enter-fd", init, *(() if tool is None else ("--tool-fd", tool))]
-        return self._spawn(job_id, cgroup.session_arguments(), more)
+        more: list[str | int] = [] if tool is None else ["--tool-fd", tool]
+        return self._enter(f"a session of job {job_id}", job_id, init, cgroup, more)
 
-    def spawn_connection(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
-        """Have a process connect to a port within a job, and hand the socket over by its report."""
-        user = ("--uid", str(uid), "--gid", str(uid))
-        more: list[str | int] = ["--enter-fd", init, *user, "--connect", str(port)]
-        return self._spawn(job_id, cgroup.session_arguments(), more)
+    def connect(self, job_id: int, init: int, cgroup: Cgroup, uid: int, port: int) -> socket.socket:
+        """Have a process connect to a port within a job, and hand the socket over by its report.
 
-    def spawn_listeners(
-        self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]
+        Raises KernelError.
+        """
+        more: list[str | int] = ["--uid", str(uid), "--gid", str(uid), "--connect", str(port)]
+        return self._enter(f"a connection of job {job_id}", job_id, init, cgroup, more)
+
+    def listen(self, job_id: int, init: int, cgroup: Cgroup, listeners: Sequence[Listener]) -> socket.socket:
+        """Have a process listen within a job, and hand the sockets over by its report. Raises KernelError."""
+        more: list[str | int] = [word for each in listeners for word in ("--listen", str(each))]
+        return self._enter(f"listeners of job {job_id}", job_id, init, cgroup, more)
+
+    def _enter(
+        self, subject: str, job_id: int, init: int, cgroup: Cgroup, more: Sequence[str | int]
     ) -> socket.socket:
-        """Have a process listen within a job, and hand the sockets over by its report."""
-        words = (word for listener in listeners for word in ("--listen", str(listener)))
-        return self._spawn(job_id, cgroup.session_arguments(), ["--enter-fd", init, *words])
+        try:
+            return self._spawn(job_id, cgroup.session_arguments(), ["--enter-fd", init, *more])
+        except OSError as error:
+            raise KernelError("spawn", subject, error.errno or 0) from error
 
     def _spawn(
         self,
@@ -201,7 +211,7 @@ class Spawner:
                     # an init shows itself in the place of this command line, so it is as long as any of them
                     [
                         *("pjw-init: spawner", "--spawner", "--hostname", f"job-{JOB_ID_MAX}"),
-                        *("--scratch", f"{self._scratch}/{JOB_ID_MAX}/job"),
+                        *("--scratch", f"{self.scratch}/{JOB_ID_MAX}/job"),
                     ],
                     JOB_ENVIRONMENT,
                     file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _REQUESTS_FD)],
@@ -253,7 +263,7 @@ def _option_of(source: MountSource | Edit) -> tuple[str, str]:
 def spawn_opener(sources: Sequence[MountSource | Edit]) -> tuple[int, socket.socket]:
     """Have a process open directories and devices of the host's; its pid, and the socket that it reports to.
 
-    For each, in their order, comes `Opened`, or `Failed` for the first that cannot be. Raises OSError.
+    For each, in their order, comes `OpenedTree`, or `Failed` for the first that cannot be. Raises OSError.
     """
     paths = map(_option_of, sources)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -275,17 +285,18 @@ def send_order(
     report: socket.socket,
     request: Launch | Exec,
     descriptors: Sequence[int],
-    workspace: int = -1,
+    *,
+    workspace: Sequence[int] = (),
     mounts: Sequence[int] = (),
-    link: int = -1,
+    link: Sequence[int] = (),
     edits: Sequence[Edit] = (),
 ) -> None:
     """Have an init start its job, or a session its command; *descriptors* are its files. Raises OSError.
 
     Behind the files of a launch that needs it comes the program for archives.
-    *workspace* is the descriptor of a mount, if there is one; *mounts* are those of the operator's
-    directories, and of *edits*. *link* is the network namespace that it shares with another job, if it does,
-    and the last.
+    *workspace* has the descriptor of a mount, or none; *mounts* are those of the operator's directories, and
+    of *edits*. *link* has the network namespace that the job shares with another one, or none. They follow
+    the files in this order.
     """
     own = _words_of_launch(request) if isinstance(request, Launch) else _words_of_session(request)
     words = (
@@ -297,14 +308,13 @@ def send_order(
         *(("--control",) if "control" in request.files else ()),
         *(("--input",) if request.input else ()),
         *(("--upload",) if isinstance(request, Launch) and request.upload else ()),
-        *(("--workspace",) if workspace >= 0 else ()),
+        *(("--workspace",) if workspace else ()),
         *(("--keep",) if isinstance(request, Launch) and request.artifacts else ()),
         *(("--tool",) if isinstance(request, Launch) and request.archive else ()),
         *(_words_of_mounts(request, edits) if isinstance(request, Launch) else ()),
-        *(("--link",) if link >= 0 else ()),
+        *(("--link",) if link else ()),
     )
-    workspaces, links = ([each] if each >= 0 else [] for each in (workspace, link))
-    passed = [*descriptors, *workspaces, *mounts, *links]
+    passed = [*descriptors, *workspace, *mounts, *link]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))]
     report.sendmsg([b"".join(word.encode() + b"\0" for word in words)], rights)
 
@@ -343,7 +353,7 @@ def _words_of_session(request: Exec) -> tuple[str, ...]:
     return ("--output-max", str(request.output_max_bytes))
 
 
-def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened | Listening | Failed:
+def read_report(report: socket.socket) -> Cloned | Execed | Connected | OpenedTree | Listening | Failed:
     """Read the next report; the socket is ready. Raises ProtocolError for anything unknown."""
     try:
         data, ancillary, flags, _ = report.recvmsg(_REPORT_MAX_BYTES, _REPORT_RIGHTS_BYTES)
@@ -360,7 +370,7 @@ def read_report(report: socket.socket) -> Cloned | Execed | Connected | Opened |
         case [b"connected"], [connected]:
             return Connected(connected)
         case [b"opened"], [tree]:
-            return Opened(tree)
+            return OpenedTree(tree)
         case [b"listening"], [_, *_] as sockets:
             return Listening(tuple(sockets))
         case [b"execed", ns], [] if ns.isdigit():

@@ -33,7 +33,7 @@ _PLACES_MAX: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Mount:
+class HostMount:
     """A line of a table of mounts: its id, the device and the type of its file system, its flags."""
 
     number: bytes
@@ -53,7 +53,7 @@ class Place:
     # an option of init's: by an overlay, as it is, or not; or a mount of the template (init/template.c)
     view: Literal["visible", "bound", "cover", "mount"]
     # lest another mount at the path is taken for it; None for a covered path
-    mount: Mount | None = None
+    mount: HostMount | None = None
 
 
 def check_visible(paths: Iterable[str]) -> None:
@@ -63,7 +63,7 @@ def check_visible(paths: Iterable[str]) -> None:
         real = _real(path, mounts)
         if _is_within(real, OWN):
             raise ConfigError(
-                f"cannot show {path} to jobs: each has a directory of its own there",
+                f"cannot show {path} to jobs: each has its own directory there",
                 hint=f"visible_paths may not lie in {', '.join(OWN)}",
             )
         if not _asks_others(real, mounts) and os.path.exists(real) and not os.path.isdir(real):
@@ -116,7 +116,7 @@ def template_of(places: Iterable[Place], others: Iterable[str], table: bytes) ->
     return tuple(Place(point, "mount", mounts.get(point)) for point in sorted(points))
 
 
-def _real(path: str, mounts: Mapping[str, Mount]) -> str:
+def _real(path: str, mounts: Mapping[str, HostMount]) -> str:
     """Return *path* without links, but for those in a file system that asks others.
 
     Unlike os.path.realpath this asks no such file system: a server that is gone never answers, and the
@@ -150,28 +150,28 @@ def _link(path: str) -> str:
         return ""
 
 
-def _may_be_shown(path: str, mounts: Mapping[str, Mount]) -> bool:
+def _may_be_shown(path: str, mounts: Mapping[str, HostMount]) -> bool:
     # init reports on a path that is not looked at here; it may wait
     return _asks_others(path, mounts) or os.path.isdir(path)
 
 
-def _asks_others(path: str, mounts: Mapping[str, Mount]) -> bool:
+def _asks_others(path: str, mounts: Mapping[str, HostMount]) -> bool:
     """Return whether the file system of *path* asks others; False for an unknown one."""
     mount = mounts.get(_mount_point(path, mounts))
     return mount is not None and mount.type.split(b".")[0] in _ASK_OTHERS
 
 
-def _mount_point(path: str, mounts: Mapping[str, Mount]) -> str:
+def _mount_point(path: str, mounts: Mapping[str, HostMount]) -> str:
     """Return the mount point of the file system of *path*; the root for an unknown one."""
     while path != "/" and path not in mounts:
         path = os.path.dirname(path)
     return path
 
 
-def mounts_of(table: bytes) -> dict[str, Mount]:
+def mounts_of(table: bytes) -> dict[str, HostMount]:
     """Return the visible mount of each mount point; *table* is that of proc_pid_mountinfo(5)."""
     return {
-        mount.point: Mount(
+        mount.point: HostMount(
             b"%d" % mount.id, mount.device.encode(), mount.fs_type.encode(), mount.options.encode()
         )
         for mount in parse_mounts(os.fsdecode(table))

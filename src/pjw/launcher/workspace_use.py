@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Final
 
-from pjw.launcher.scratch_use import Use, print_words, walk
+from pjw.launcher.scratch_use import FileCount, print_words, walk
 
 # An endless tree has been counted that far: a count above a quota is enough to know.
 SECONDS: Final = 20.0
@@ -16,10 +16,10 @@ _LIFE_SECONDS: Final = 60
 _NICE: Final = 10
 
 
-def count(path: str, seconds: float = SECONDS) -> Use:
+def count(path: str, seconds: float = SECONDS) -> FileCount:
     """Count the files, as far as possible in the time given. No link is followed."""
     deadline = time.monotonic() + seconds
-    use = Use()
+    use = FileCount()
     for number, _ in enumerate(steps := walk(path, use)):
         if number % 1000 == 0 and time.monotonic() > deadline:
             steps.close()

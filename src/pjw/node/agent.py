@@ -35,7 +35,7 @@ _WELCOME_SECONDS: Final = 30.0
 _CLAIM_SECONDS: Final = 60.0
 _OPTIONS: Final = [
     ("grpc.enable_http_proxy", 0),
-    # each session has a connection of its own, so that it does not inherit the backoff of the one before
+    # each session has its own connection, so that it does not inherit the backoff of the one before
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     # After an outage TCP waits for up to as long again before it sends. So an unanswered ping ends the
@@ -69,7 +69,7 @@ class NodeSettings:
     methods: Sequence[str]
 
 
-class Node:
+class NodeAgent:
     """Keeps a session with the gateway, one after the other."""
 
     def __init__(

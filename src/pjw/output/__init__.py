@@ -2,12 +2,12 @@
 
 from pjw.output.follower import follow
 from pjw.output.inotify import Inotify
-from pjw.output.log import Head, OutputLog, describe_job_file, is_cut_short, no_head
+from pjw.output.log import FramePrefix, OutputLog, describe_job_file, is_cut_short, no_head
 from pjw.output.tail import start_of_tail
 from pjw.output.times import follow_with_times, start_of_time
 
 __all__ = [
-    "Head",
+    "FramePrefix",
     "Inotify",
     "OutputLog",
     "describe_job_file",

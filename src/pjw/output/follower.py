@@ -6,8 +6,8 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Final
 
-from pjw.errors import LauncherGoneError, OffsetError
-from pjw.output.log import Head, OutputLog, Piece, check_whole, no_head, read_at
+from pjw.errors import OffsetError, WorkerClosedError
+from pjw.output.log import FramePrefix, OutputLog, Piece, check_whole, no_head, read_at
 
 # A stalled stream holds about 4 chunks in gRPC and the kernel, so a reader begins with small
 # ones and earns larger ones (the best size for one stream here) by keeping up.
@@ -17,13 +17,13 @@ KEEPS_UP_SECONDS: Final = 0.1
 
 
 async def follow(
-    log: OutputLog, offset: int = 0, head: Head = no_head, *, present_only: bool = False
+    log: OutputLog, offset: int = 0, head: FramePrefix = no_head, *, present_only: bool = False
 ) -> AsyncGenerator[bytes, None]:
     """Yield every byte from *offset* on, each chunk behind its head; return once the output has ended.
 
     With *present_only* return at the end of the output that is there when it is called, ended or not. Raises
     OffsetError when *offset* lies beyond the end of the output, OutputLostError when another process has cut
-    the file short, and LauncherGoneError when the worker closes before the end. No polling: waits on inotify.
+    the file short, and WorkerClosedError when the worker closes before the end. No polling: waits on inotify.
     A slow reader costs the others nothing: bytes stay in the file until it asks.
     """
     loop = asyncio.get_running_loop()
@@ -65,5 +65,5 @@ async def follow(
             if piece.size < offset:
                 check_whole(descriptor, offset)
             if log.abandoned:
-                raise LauncherGoneError("the worker was closed; the job goes on")
+                raise WorkerClosedError("the worker was closed; the job goes on")
             await changed.wait()

@@ -13,7 +13,7 @@ from pjw.errors import KernelError, OutputLostError
 from pjw.output.inotify import Inotify
 
 # Makes the bytes that a reader wants in front of each chunk, from the chunk's length: no copy is needed.
-Head = Callable[[int], bytes]
+FramePrefix = Callable[[int], bytes]
 HEAD_BYTES_MAX: Final = 16
 READ_BYTES_MAX: Final = 256 * 1024
 # A line goes to all followers at once, and reading it takes as long as all other work for one of them. A
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     """A chunk that a follower has read: *length* bytes at *offset*, behind a head; *size* of the file."""
 
     offset: int
-    head: Head
+    head: FramePrefix
     length: int
     chunk: bytes
     size: int
@@ -106,7 +106,7 @@ class OutputLog:
                     self._inotify.unwatch(self._watch)
                     self._watch = -1
 
-    def shared(self, offset: int, count_max: int, head: Head) -> Piece | None:
+    def shared(self, offset: int, count_max: int, head: FramePrefix) -> Piece | None:
         """Return the piece another follower read there since the last change: at most *count_max* bytes."""
         piece = self._shared
         if piece is None or piece.offset != offset or piece.length > count_max or piece.head is not head:
@@ -172,7 +172,7 @@ def check_whole(descriptor: int, offset: int) -> None:
     status = os.fstat(descriptor)
     if status.st_mode & stat.S_IXUSR or (stat.S_ISREG(status.st_mode) and status.st_size < offset):
         raise OutputLostError(
-            "a part of the output is lost: somebody on the server has cut its file short;"
+            "a part of the output is lost: its file on the server was cut short;"
             f" {status.st_size} bytes are left"
         )
 
@@ -190,7 +190,7 @@ def no_head(count: int) -> bytes:
     return b""
 
 
-async def read_at(descriptor: int, offset: int, count: int, head: Head = no_head) -> tuple[int, bytes]:
+async def read_at(descriptor: int, offset: int, count: int, head: FramePrefix = no_head) -> tuple[int, bytes]:
     """Read up to *length* bytes at *offset*: how many there are (0 at the end), and they behind a head.
 
     Bytes in the page cache are read at once, others in a thread: a slow disk must not hold

@@ -20,7 +20,7 @@ from pjw import errors
 from pjw.errors import InvalidJobError
 
 
-class Row(NamedTuple):
+class ErrorRow(NamedTuple):
     """An error, its gRPC code, and its name on the wire, which never changes."""
 
     kind: type[errors.PjwError]
@@ -30,37 +30,47 @@ class Row(NamedTuple):
 
 # The first row of a code is the error for that code without metadata.
 TABLE: Final = (
-    Row(errors.InvalidJobError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_JOB"),
-    Row(errors.LimitRangeError, grpc.StatusCode.INVALID_ARGUMENT, "LIMIT_RANGE"),
-    Row(errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"),
-    Row(errors.SessionNotFoundError, grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
-    Row(errors.WorkspaceNotFoundError, grpc.StatusCode.NOT_FOUND, "WORKSPACE_NOT_FOUND"),
-    Row(errors.NodeNotFoundError, grpc.StatusCode.NOT_FOUND, "NODE_NOT_FOUND"),
-    Row(errors.ImageNotFoundError, grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND"),
-    Row(errors.MountNotFoundError, grpc.StatusCode.NOT_FOUND, "MOUNT_NOT_FOUND"),
-    Row(errors.UnknownServiceError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
-    Row(errors.NameTakenError, grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN"),
-    Row(errors.JobStateError, grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE"),
-    Row(errors.WorkspaceBusyError, grpc.StatusCode.FAILED_PRECONDITION, "WORKSPACE_BUSY"),
-    Row(errors.MountError, grpc.StatusCode.FAILED_PRECONDITION, "MOUNT"),
-    Row(errors.GpuError, grpc.StatusCode.FAILED_PRECONDITION, "GPU"),
-    Row(errors.LaunchError, grpc.StatusCode.FAILED_PRECONDITION, "LAUNCH"),
-    Row(errors.WorkdirError, grpc.StatusCode.FAILED_PRECONDITION, "WORKDIR"),
-    Row(errors.CopyError, grpc.StatusCode.FAILED_PRECONDITION, "COPY"),
-    Row(errors.OffsetError, grpc.StatusCode.OUT_OF_RANGE, "OFFSET"),
-    Row(errors.SequenceError, grpc.StatusCode.OUT_OF_RANGE, "SEQUENCE"),
-    Row(errors.OutputLostError, grpc.StatusCode.DATA_LOSS, "OUTPUT_LOST"),
-    Row(errors.LimitReachedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED"),
-    Row(errors.NotAuthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "NOT_AUTHENTICATED"),
-    Row(errors.NotAllowedError, grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED"),
-    Row(errors.ServerUnreachableError, grpc.StatusCode.UNAVAILABLE, "SERVER_UNREACHABLE"),
-    Row(errors.LauncherGoneError, grpc.StatusCode.UNAVAILABLE, "LAUNCHER_GONE"),
-    Row(errors.ServerFailedError, grpc.StatusCode.INTERNAL, "SERVER_FAILED"),
-    Row(errors.KernelError, grpc.StatusCode.INTERNAL, "KERNEL"),
-    Row(errors.ProtocolError, grpc.StatusCode.INTERNAL, "PROTOCOL"),
-    Row(errors.ConfigError, grpc.StatusCode.INTERNAL, "CONFIG"),
+    ErrorRow(errors.InvalidJobError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_JOB"),
+    ErrorRow(errors.LimitRangeError, grpc.StatusCode.INVALID_ARGUMENT, "LIMIT_RANGE"),
+    ErrorRow(errors.JobNotFoundError, grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"),
+    ErrorRow(errors.SessionNotFoundError, grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
+    ErrorRow(errors.WorkspaceNotFoundError, grpc.StatusCode.NOT_FOUND, "WORKSPACE_NOT_FOUND"),
+    ErrorRow(errors.NodeNotFoundError, grpc.StatusCode.NOT_FOUND, "NODE_NOT_FOUND"),
+    ErrorRow(errors.ImageNotFoundError, grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND"),
+    ErrorRow(errors.MountNotFoundError, grpc.StatusCode.NOT_FOUND, "MOUNT_NOT_FOUND"),
+    ErrorRow(errors.UnknownServiceError, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
+    ErrorRow(errors.NameTakenError, grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN"),
+    ErrorRow(errors.JobStateError, grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE"),
+    ErrorRow(errors.WorkspaceBusyError, grpc.StatusCode.FAILED_PRECONDITION, "WORKSPACE_BUSY"),
+    ErrorRow(errors.MountError, grpc.StatusCode.FAILED_PRECONDITION, "MOUNT"),
+    ErrorRow(errors.GpuError, grpc.StatusCode.FAILED_PRECONDITION, "GPU"),
+    ErrorRow(errors.LaunchError, grpc.StatusCode.FAILED_PRECONDITION, "LAUNCH"),
+    ErrorRow(errors.WorkdirError, grpc.StatusCode.FAILED_PRECONDITION, "WORKDIR"),
+    ErrorRow(errors.CopyError, grpc.StatusCode.FAILED_PRECONDITION, "COPY"),
+    ErrorRow(errors.OffsetError, grpc.StatusCode.OUT_OF_RANGE, "OFFSET"),
+    ErrorRow(errors.SequenceError, grpc.StatusCode.OUT_OF_RANGE, "SEQUENCE"),
+    ErrorRow(errors.OutputLostError, grpc.StatusCode.DATA_LOSS, "OUTPUT_LOST"),
+    ErrorRow(errors.LimitReachedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED"),
+    ErrorRow(errors.NotAuthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "NOT_AUTHENTICATED"),
+    ErrorRow(errors.NotAllowedError, grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED"),
+    ErrorRow(errors.ServerUnreachableError, grpc.StatusCode.UNAVAILABLE, "SERVER_UNREACHABLE"),
+    ErrorRow(errors.LauncherGoneError, grpc.StatusCode.UNAVAILABLE, "LAUNCHER_GONE"),
+    ErrorRow(errors.ServerFailedError, grpc.StatusCode.INTERNAL, "SERVER_FAILED"),
+    ErrorRow(errors.KernelError, grpc.StatusCode.INTERNAL, "KERNEL"),
+    ErrorRow(errors.ProtocolError, grpc.StatusCode.INTERNAL, "PROTOCOL"),
+    ErrorRow(errors.ConfigError, grpc.StatusCode.INTERNAL, "CONFIG"),
 )
-_BY_KIND: Final = {row.kind: row for row in TABLE}
+# Narrower names for errors that travel as their base, so that the wire stays as it was.
+NARROWER: Final[tuple[type[errors.PjwError], ...]] = (
+    errors.PageTokenError,
+    errors.ServerDrainingError,
+    errors.WorkerClosedError,
+    errors.JobTableError,
+    errors.TerminalError,
+)
+_BY_KIND: Final = {row.kind: row for row in TABLE} | {
+    kind: row for kind in NARROWER for row in TABLE if row.kind in kind.__bases__
+}
 _BY_REASON: Final = {row.reason: row for row in TABLE}
 _BY_CODE: Final = {row.code: row for row in reversed(TABLE)}
 # Details of internal failures are for our log; their words may hold paths of the host.

@@ -8,7 +8,7 @@ from typing import Final
 from pjw.certs.files import ServerCredentials
 from pjw.certs.identity import node_of
 from pjw.errors import ConfigError, NotAuthenticatedError
-from pjw.node.agent import Node, NodeSettings
+from pjw.node.agent import NodeAgent, NodeSettings
 from pjw.node.holds import Holds, listen_for_holds
 from pjw.server.authz import FOR_A_CLIENT
 from pjw.server.config import ServerConfig
@@ -45,7 +45,7 @@ def node_of_config(
     listening: str,
     credentials: Callable[[], ServerCredentials],
     holds: Holds | None,
-) -> Node:
+) -> NodeAgent:
     """Make the node, which has not called yet. Raises ConfigError for a configuration that is no node's."""
     gateway = config.cluster.gateway
     assert gateway is not None
@@ -69,7 +69,7 @@ def node_of_config(
         )
     queue = settings.queue
     cpu, memory = queue.cpu_max_millicores, queue.memory_max_bytes
-    return Node(
+    return NodeAgent(
         worker,
         store,
         NodeSettings(

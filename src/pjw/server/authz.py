@@ -89,7 +89,7 @@ def _peer_of(pem: bytes, rules: NameRules) -> Peer:
 
 
 class Role(StrEnum):
-    """A role that a client may have, beside owning its own jobs."""
+    """A role that a client may have, besides owning its own jobs."""
 
     VIEWER = "viewer"
     ADMIN = "admin"

@@ -25,7 +25,7 @@ from pjw.model import (
     UsageSample,
     Workspace,
 )
-from pjw.output import Head
+from pjw.output import FramePrefix
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker import Part, WorkerSettings
 from pjw.worker.changes import Batch, Watched
@@ -50,13 +50,13 @@ class Written(Protocol):
 
 
 class Reading(Protocol):
-    """A part of a job's output that is about to be read: `worker.logs.Reading` is one."""
+    """A part of a job's output that is about to be read: `worker.reading.Reading` is one."""
 
     @property
     def offset(self) -> int:
         """The first byte to read."""
 
-    def chunks(self, head: Head = ...) -> AsyncGenerator[bytes, None]:
+    def chunks(self, head: FramePrefix = ...) -> AsyncGenerator[bytes, None]:
         """Yield its bytes, as they come, each chunk behind the head that *head* makes from its length."""
 
     def timed(self) -> AsyncGenerator[tuple[bytes, datetime | None], None]:
@@ -75,7 +75,7 @@ class FarConnection(Protocol):
         """Carry it, as `server.forward.carry` does."""
 
 
-class Jobs(Protocol):
+class JobCalls(Protocol):
     """The calls of clients: see the methods of `Worker`, which list their errors."""
 
     async def start(self, spec: JobSpec, client_name: str = ...) -> Job:
@@ -204,7 +204,7 @@ class Jobs(Protocol):
         """Take the name from an image."""
 
 
-class Backend(Jobs, Protocol):
+class Backend(JobCalls, Protocol):
     """The calls of clients, and those of the server itself: health, numbers, reloads."""
 
     @property

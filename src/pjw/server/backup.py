@@ -1,6 +1,6 @@
 """pjwd backup: copies the state directory of a running or stopped pjwd. A pjwd can start from the copy.
 
-A backup is complete or absent: we write it beside its place, sync it, and rename it. First we copy the job
+A backup is complete or absent: we write it next to its place, sync it, and rename it. First we copy the job
 table as it is at one moment, and then the files of each job in it. The files of jobs belong to the server,
 which is not root: we open them step by step, and follow no link.
 """
@@ -122,7 +122,7 @@ def _require_free(target: str, state_dir: str) -> None:
 
 @contextmanager
 def _unfinished(target: str) -> Iterator[int]:
-    """Give an open, new directory beside *target*; rename it to *target* on success, else remove it."""
+    """Give an open, new directory next to *target*; rename it to *target* on success, else remove it."""
     path = f"{target}.partial"
     _remove_leftover(path, target)
     os.mkdir(path, 0o700)
@@ -219,7 +219,7 @@ def _copy_jobs(state_dir: str, directory: int) -> tuple[int, int]:
                 f"cannot back up {state_dir}: its job table is damaged: {view[0]!r} is a view,"
                 " and pjwd makes none"
             )
-        # keeps the copy one file, without a log beside it
+        # keeps the copy one file, without a separate log
         table.execute("PRAGMA journal_mode = DELETE")
         if (found := table.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
             raise ConfigError(f"cannot back up {state_dir}: its job table is damaged: {found[0]}")

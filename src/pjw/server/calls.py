@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 
 
-class Call:
+class RunningCall:
     """A call that runs in the current task, and why it was ended if it was."""
 
     __slots__ = ("_cancelling", "_task", "ended_by", "for_client", "method", "peer", "request")
@@ -63,21 +63,21 @@ class Calls:
     """All calls under way. One timer, for the certificate that expires first, ends those that are due."""
 
     def __init__(self) -> None:
-        self._calls: Final[set[Call]] = set()
+        self._calls: Final[set[RunningCall]] = set()
         self._timer: asyncio.TimerHandle | None = None
         # the end of a certificate that the timer is for
         self._timer_for = _NEVER
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[RunningCall]:
         return iter(self._calls)
 
-    def add(self, call: Call) -> None:
+    def add(self, call: RunningCall) -> None:
         """Add a call that was let in."""
         self._calls.add(call)
         if call.peer.not_valid_after < self._timer_for:
             self._set_timer(call.peer)
 
-    def remove(self, call: Call) -> None:
+    def remove(self, call: RunningCall) -> None:
         """Remove a call that is over. The timer stays: it will find that there is nothing to do."""
         self._calls.discard(call)
 
@@ -111,7 +111,7 @@ STALLED_WRITE_SECONDS: Final = 900
 log: Final = logging.getLogger(__name__)
 
 
-class ReaderGoneError(Exception):
+class ClientGoneError(Exception):
     """The client has gone: there is no reader to write to."""
 
 
@@ -155,7 +155,7 @@ class Writer:
             await self._context.write(answer)
         except grpc.aio.BaseError:
             # gRPC's word for a follower that vanished while we wrote
-            raise ReaderGoneError from None
+            raise ClientGoneError from None
         self._since = None
 
     def _look(self) -> None:

@@ -76,7 +76,7 @@ REMOVED: Final[Mapping[str, str]] = MappingProxyType(
         "clients.calls_burst": "a client may begin 200 calls at once, whatever its rate",
         "clients.starts_burst": "after a rest a client may start ten times starts_per_second jobs at once",
         "metrics.allow_remote": "an address in metrics.listen that other hosts reach needs no second key",
-        "metrics.clients_max": "the 100 busiest clients have metrics of their own",
+        "metrics.clients_max": "the 100 busiest clients have their own metrics",
         "traces": "the audit log has a line for each call",
     }
 )
@@ -90,7 +90,7 @@ class JobUsers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     uid_first: Annotated[
         _UserId | None,
-        Meta(description="the first user id for jobs; without it the state directory has a range of its own"),
+        Meta(description="the first user id for jobs; without it the state directory has its own range"),
     ] = None
     uid_count: Annotated[_UserId, Meta(description="how many there are: one for each client")] = UID_COUNT
 
@@ -139,7 +139,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"[host]: {error}") from None
 
 
-class Slots(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class QueueSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The most that jobs out of the queue may have at once: `worker.settings.QueueSlots`. 0 is "no limit"."""
 
     running_max: Annotated[Count, Meta(description="jobs out of the queue that run at once")] = 0
@@ -322,13 +322,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     ca_crt: Annotated[
         _Path | None,
-        Meta(description="the authority whose clients are let in; without it ca.crt beside this file"),
+        Meta(description="the authority whose clients pjwd admits; without it ca.crt next to this file"),
     ] = None
     server_crt: Annotated[
-        _Path | None, Meta(description="the server's certificate; without it server.crt beside this file")
+        _Path | None, Meta(description="the server's certificate; without it server.crt next to this file")
     ] = None
     server_key: Annotated[
-        _Path | None, Meta(description="its private key; without it server.key beside this file")
+        _Path | None, Meta(description="its private key; without it server.key next to this file")
     ] = None
     state_dir: Annotated[_Path, Meta(description="jobs and their output")] = "/var/lib/pjw"
     scratch_dir: Annotated[
@@ -379,7 +379,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tuple[_Path, ...],
         Meta(
             max_length=_VISIBLE_MAX,
-            description="directories that jobs see beside /, /usr, /etc and /opt, with what is mounted there",
+            description="directories that jobs see besides /, /usr, /etc and /opt, with the mounts in them",
         ),
     ] = ()
     default_image: Annotated[
@@ -405,7 +405,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: PortLimits = PortLimits()
     host: Host = Host()
     disk: Disk = Disk()
-    queue: Slots = Slots()
+    queue: QueueSection = QueueSection()
     scratch: ScratchLimits = ScratchLimits()
     network: NetworkOffers = NetworkOffers()
     metrics: Metrics = Metrics()

@@ -7,7 +7,7 @@ this looks through the descriptors of the process for the sockets whose other en
 
 An unproven connection is one over which no call has come yet. Of too many, this first closes those that have
 sent too little for a certificate, and of these the oldest. An honest client makes its first call within
-milliseconds, so beside a flood from its own address its connection is not the first to be closed.
+milliseconds, so during a flood from its own address its connection is not the first to be closed.
 """
 
 import asyncio

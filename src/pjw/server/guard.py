@@ -23,16 +23,16 @@ from pjw.certs.identity import OUR_RULES, NameRules
 from pjw.certs.revocation import NOBODY_REVOKED, RevocationList
 from pjw.errors import (
     InvalidJobError,
-    LauncherGoneError,
     NotAllowedError,
     NotAuthenticatedError,
     PjwError,
+    ServerDrainingError,
 )
 from pjw.rpc.status import ADMITTED_KEY, FOR_CLIENT_KEY, status_of
 from pjw.server.accept import Port
 from pjw.server.audit import CANCELLED, CallObserver, CallRecord
 from pjw.server.authz import Caller, authenticate, presented
-from pjw.server.calls import Call, Calls, ReaderGoneError, Writer
+from pjw.server.calls import Calls, ClientGoneError, RunningCall, Writer
 from pjw.server.config import ServerConfig
 from pjw.server.connections import Told
 from pjw.server.quota import Quota
@@ -92,7 +92,7 @@ class Guard:
         """Refuse new calls and end the running ones with UNAVAILABLE, so that clients come back."""
         self._draining = True
         for call in self._running:
-            call.end(LauncherGoneError(_DRAINING))
+            call.end(ServerDrainingError(_DRAINING))
 
     def revoke(self, revoked: RevocationList) -> int:
         """Refuse the certificates of this list, end their calls under way, and return the number of these."""
@@ -233,7 +233,7 @@ class Guard:
             each.call_began(record)
         try:
             return await self._let_in(arrived, record, properties)
-        except ReaderGoneError:
+        except ClientGoneError:
             record.code = CANCELLED
             return None
         except (asyncio.CancelledError, Exception) as error:
@@ -248,7 +248,7 @@ class Guard:
     ) -> Any:  # noqa: ANN401
         """Let the caller in until its certificate expires or is revoked, or the server drains."""
         if self._draining:
-            raise LauncherGoneError(_DRAINING)
+            raise ServerDrainingError(_DRAINING)
         peer = authenticate(properties, self._names)
         # On every call: neither an open connection nor a resumed session asks for it again.
         if peer.is_revoked(self._revoked):
@@ -258,7 +258,7 @@ class Guard:
         if self._port is not None:
             self._port.connections.require_room(arrived.context.peer())
         for_client = record.for_client = self._for_client(arrived.context)
-        call = Call(peer, method, request, for_client)
+        call = RunningCall(peer, method, request, for_client)
         self._running.add(call)
         try:
             async with self._quota.call(for_client or client_name, method, stream=arrived.stream):

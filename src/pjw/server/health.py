@@ -78,5 +78,5 @@ class Health:
         except TimeoutError:
             return
 
-    def _status(self) -> Any:  # noqa: ANN401  an enum's number, which has a type of its own only in the stubs
+    def _status(self) -> Any:  # noqa: ANN401  an enum's number, which has its own type only in the stubs
         return _Status.NOT_SERVING if self._draining.is_set() else _Status.SERVING

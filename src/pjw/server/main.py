@@ -261,7 +261,7 @@ def _add_upkeep(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "renew",
         help="new certificates for the keys of the server or of clients",
         description="Replace the certificates of `server` or of clients by new ones, for the same keys and"
-        " names, and make the bundles anew. The old ones stay beside them as NAME.SERIAL.crt, still valid.",
+        " names, and make the bundles anew. The old ones stay next to them as NAME.SERIAL.crt, still valid.",
     )
     renew.set_defaults(run=_certs_renew)
     _add_days(renew)

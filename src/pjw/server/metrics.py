@@ -40,7 +40,10 @@ from pjw.errors import (
     LimitReachedError,
     NotAllowedError,
     NotAuthenticatedError,
+    PageTokenError,
     PjwError,
+    ServerDrainingError,
+    WorkerClosedError,
     describe_errno,
 )
 from pjw.model import KNOWN_STATES, EndReason, JobState
@@ -62,7 +65,7 @@ SCRAPE_SECONDS: Final = 10
 CONNECTION_SECONDS: Final = SCRAPE_SECONDS + 5
 # Nothing tells when a descriptor is free again.
 _RETRY_SECONDS: Final = 1
-# Clients, the busiest, that have metrics of their own. Each is four series that Prometheus keeps.
+# The busiest clients, which have their own metrics. Each is four series that Prometheus keeps.
 CLIENTS_SHOWN: Final = 100
 # The name that stands for the clients beyond the busiest: no client can have it.
 OTHERS: Final = "(other)"
@@ -78,7 +81,10 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     NotAuthenticatedError: "not_authenticated",
     NotAllowedError: "not_allowed",
     LauncherGoneError: "unavailable",
+    ServerDrainingError: "unavailable",
+    WorkerClosedError: "unavailable",
     InvalidJobError: "invalid",
+    PageTokenError: "invalid",
     LimitReachedError: "no_resources",
 }
 

@@ -23,7 +23,7 @@ _Names = Annotated[tuple[str, ...], Meta(max_length=_OFFERED_MAX)]
 
 
 class NamedNetwork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The names that jobs of one client may reach beside those of all."""
+    """The names that jobs of one client may reach in addition to those of all."""
 
     hosts: Annotated[_Names, Meta(description="what its jobs may reach as well")] = ()
 

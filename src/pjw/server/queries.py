@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
-from pjw.errors import InvalidJobError
+from pjw.errors import InvalidJobError, PageTokenError
 from pjw.model import Workspace, check_labels, check_name, is_workspace
 from pjw.rpc.convert import change_to_message, states_from_message
-from pjw.server.backend import Jobs
+from pjw.server.backend import JobCalls
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.changes import Watched
 from pjw.worker.pages import JobFilter
@@ -29,14 +29,14 @@ def filter_from_message(request: pb.ListRequest) -> JobFilter:
 
 
 def after_token(request: pb.ListRequest) -> int:
-    """Return the id behind which the page begins. Raises InvalidJobError for another list's token."""
+    """Return the id behind which the page begins. Raises PageTokenError for another list's token."""
     if not request.page_token:
         return 0
     token = _TOKEN.fullmatch(request.page_token)
     if token is None:
-        raise InvalidJobError("the page token is not one that this server gave")
+        raise PageTokenError("the page token is not one that this server gave")
     if token[2] != _mark_of(request):
-        raise InvalidJobError("the page token is of a list with other filters or another order")
+        raise PageTokenError("the page token is of a list with other filters or another order")
     return int(token[1])
 
 
@@ -58,10 +58,10 @@ def _mark_of(request: pb.ListRequest) -> str:
 
 
 def after_workspace(request: pb.ListWorkspacesRequest) -> tuple[str, str]:
-    """Return the client and name behind which the page begins. Raises InvalidJobError for a bad token."""
+    """Return the client and name behind which the page begins. Raises PageTokenError for a bad token."""
     client_name, slash, name = request.page_token.partition("/")
     if request.page_token and not (slash and is_workspace(name)):
-        raise InvalidJobError("the page token is not one that this server gave")
+        raise PageTokenError("the page token is not one that this server gave")
     return client_name, name
 
 
@@ -81,7 +81,7 @@ _SHARE: Final = 10
 class JobWatchers:
     """The watchers of jobs on one server."""
 
-    def __init__(self, worker: Jobs) -> None:
+    def __init__(self, worker: JobCalls) -> None:
         self._worker: Final = worker
         self._count = 0
 

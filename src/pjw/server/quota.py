@@ -46,7 +46,7 @@ class NamedClient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """The weight and sums of one client, where they are not those of all."""
 
     weight: Annotated[
-        Weight | None, msgspec.Meta(description="of its jobs together, beside those of other clients")
+        Weight | None, msgspec.Meta(description="of its jobs together, against those of other clients")
     ] = None
     memory_max_bytes: Annotated[Count | None, msgspec.Meta(description="memory of its jobs together")] = None
     pids_max: Annotated[
@@ -122,7 +122,7 @@ class ClientLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1000
     connections_max: Annotated[Count, msgspec.Meta(description="connections of a client at once")] = 64
     weight: Annotated[
-        Weight, msgspec.Meta(description="of a client's jobs together, beside those of other clients")
+        Weight, msgspec.Meta(description="of a client's jobs together, against those of other clients")
     ] = WEIGHT_DEFAULT
     memory_max_bytes: Annotated[Count, msgspec.Meta(description="memory of a client's jobs together")] = 0
     pids_max: Annotated[

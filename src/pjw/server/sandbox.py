@@ -62,7 +62,7 @@ class Sandbox:
     descriptors: int
     # directories that it reads besides, as far as its user may
     readable: Sequence[str] = ()
-    # directories, by their descriptors, in which it has files of its own besides
+    # directories, by their descriptors, in which it also has its own files
     writable: Sequence[int] = ()
 
 

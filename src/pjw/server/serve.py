@@ -35,7 +35,7 @@ from pjw.server.systemd import Notifier
 from pjw.worker import Worker, WorkerSettings
 from pjw.worker.launcher_process import LauncherProcess
 from pjw.worker.state_dir import StateDir
-from pjw.worker.tasks import Background
+from pjw.worker.tasks import Background, log_failure
 
 if TYPE_CHECKING:
     # nothing of a cluster is loaded by a pjwd that is none of its nodes
@@ -156,7 +156,7 @@ class Served:
     backend: Backend
     # the clients that it has seen
     known: Sequence[str]
-    # handlers beside those of clients, behind the guard or one of their own, and the names of their services
+    # handlers besides those of clients, behind the guard or their own guard, and the names of their services
     more: Callable[[Guard], Sequence[grpc.GenericRpcHandler]] = lambda _: ()
     services: Sequence[str] = ()
     # called before the server drains
@@ -373,6 +373,8 @@ async def _until_end(worker: Backend, background: Background, asked: asyncio.Eve
         for end in (asked.wait(), worker.gone(), worker.failed(), background.failed.wait())
     ]
     _, gone, *_ = ends
+    for end in ends:
+        end.add_done_callback(log_failure)
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     has_gone = gone.done()
     for end in ends:

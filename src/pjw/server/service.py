@@ -31,7 +31,7 @@ from pjw.rpc.convert import (
 )
 from pjw.rpc.status import require_known
 from pjw.server.authz import Caller
-from pjw.server.backend import Jobs, Written
+from pjw.server.backend import JobCalls, Written
 from pjw.server.forward import carry
 from pjw.server.guard import Answer, Guard
 from pjw.server.queries import (
@@ -58,7 +58,7 @@ _DIGEST_CHARACTERS_MAX: Final = 100
 class JobWorkerService:
     """One method for each RPC."""
 
-    def __init__(self, worker: Jobs) -> None:
+    def __init__(self, worker: JobCalls) -> None:
         self._worker: Final = worker
         self._watchers: Final = UsageWatchers(worker)
         self._job_watchers: Final = JobWatchers(worker)

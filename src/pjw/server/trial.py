@@ -88,5 +88,5 @@ def _hint() -> str | None:
     if "/" not in mounts_of(read_mounts()):
         return "the root directory is no mount point (a chroot): mount --rbind DIR DIR, then chroot to DIR"
     if lacking := [path for path in NEEDED if not os.path.isdir(path)]:
-        return f"jobs have directories of their own at {', '.join(lacking)}: make them on the host"
+        return f"jobs have their own directories at {', '.join(lacking)}: make them on the host"
     return None

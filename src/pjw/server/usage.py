@@ -8,7 +8,7 @@ from typing import Final
 from pjw.errors import InvalidJobError
 from pjw.model import Job, UsageSample
 from pjw.rpc.convert import job_to_message, sample_to_message
-from pjw.server.backend import Jobs
+from pjw.server.backend import JobCalls
 from pjw.v1 import job_worker_pb2 as pb
 
 INTERVAL_SECONDS: Final = 2.0
@@ -32,7 +32,7 @@ _CHARACTERS_OF_JOB: Final = 256
 class UsageWatchers:
     """The watchers of usage on one server."""
 
-    def __init__(self, worker: Jobs) -> None:
+    def __init__(self, worker: JobCalls) -> None:
         self._worker: Final = worker
         self._count = 0
 

@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final
@@ -64,8 +65,17 @@ async def _serve(gateway: socket.socket, commands: Commands) -> None:
             task = asyncio.ensure_future(_answer(json.loads(line), commands, writer))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
+            task.add_done_callback(_end_at_bug)
     # the gateway has gone: nobody waits for what is under way
     os._exit(0)
+
+
+def _end_at_bug(task: asyncio.Task[None]) -> None:
+    # The gateway would wait for this answer for ever. It ends when we end, and the next one starts another
+    # pjwd-slurm.
+    if not task.cancelled() and (error := task.exception()) is not None:
+        traceback.print_exception(error)
+        os._exit(1)
 
 
 async def _answer(request: dict[str, Any], commands: Commands, writer: asyncio.StreamWriter) -> None:

@@ -95,7 +95,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_OUTPUT_FAILED: _EndReason.ValueType  # 10
     """The output could not be written, and never will be: beyond a limit of the size of files, for example."""
     END_REASON_CANCELLED: _EndReason.ValueType  # 11
-    """The job left the queue without a start, and has no exit code: somebody stopped it, or a job that it waited for
+    """The job left the queue without a start, and has no exit code: it was stopped, or a job that it waited for
     did not end as it should. See detail.
     """
     END_REASON_START_FAILED: _EndReason.ValueType  # 12
@@ -134,7 +134,7 @@ END_REASON_DISK_LIMIT: EndReason.ValueType  # 9
 END_REASON_OUTPUT_FAILED: EndReason.ValueType  # 10
 """The output could not be written, and never will be: beyond a limit of the size of files, for example."""
 END_REASON_CANCELLED: EndReason.ValueType  # 11
-"""The job left the queue without a start, and has no exit code: somebody stopped it, or a job that it waited for
+"""The job left the queue without a start, and has no exit code: it was stopped, or a job that it waited for
 did not end as it should. See detail.
 """
 END_REASON_START_FAILED: EndReason.ValueType  # 12
@@ -452,7 +452,7 @@ class Job(_message.Message):
     retried_as: _builtins.int
     """The job that is the next attempt; absent when there is none. Wait and Stop go on with the newest one."""
     array_id: _builtins.int
-    """The array that this job is an element of; absent for all others. An element has an id of its own from its turn
+    """The array that this job is an element of; absent for all others. An element has its own id from its turn
     on; until then it is 0.
     """
     array_index: _builtins.int

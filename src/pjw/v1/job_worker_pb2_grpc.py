@@ -203,7 +203,7 @@ class JobWorkerServiceServicer:
     def Exec(self, request, context):
         """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
         with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
-        and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+        and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number besides the
         job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

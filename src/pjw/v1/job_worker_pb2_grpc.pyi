@@ -64,7 +64,7 @@ class JobWorkerServiceStub:
     Exec: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ExecRequest, _job_worker_pb2.ExecResponse]
     """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
     with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
-    and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+    and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number besides the
     job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
     """
     Resize: _grpc.UnaryUnaryMultiCallable[_job_worker_pb2.ResizeRequest, _job_worker_pb2.ResizeResponse]
@@ -149,7 +149,7 @@ class JobWorkerServiceAsyncStub(JobWorkerServiceStub):
     Exec: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ExecRequest, _job_worker_pb2.ExecResponse]  # type: ignore[assignment]
     """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
     with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
-    and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+    and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number besides the
     job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
     """
     Resize: _aio.UnaryUnaryMultiCallable[_job_worker_pb2.ResizeRequest, _job_worker_pb2.ResizeResponse]  # type: ignore[assignment]
@@ -267,7 +267,7 @@ class JobWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_worker_pb2.ExecResponse, _abc.Awaitable[_job_worker_pb2.ExecResponse]]:
         """Exec starts another command in a job of the caller's that runs, and answers when it has been executed, or
         with the reason why not, as Start does. It is a session: it runs as the job's user, in the job's cgroup
-        and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number beside the
+        and namespaces, and ends with the job at the latest. Logs, WriteInput and Wait take its number besides the
         job's id. One that no call has looked at for two minutes is hung up, and forgotten when it has ended.
         """
 

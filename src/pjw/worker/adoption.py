@@ -14,9 +14,9 @@ from pjw.output import Inotify
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import Gpus
 from pjw.worker.job import LiveJob
-from pjw.worker.jobs import Jobs
 from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
 from pjw.worker.network import Network
+from pjw.worker.parts import Parts
 from pjw.worker.reading import live_job
 from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import parse_record
@@ -30,12 +30,8 @@ log: Final = logging.getLogger(__name__)
 
 
 async def adopt(
-    state: StateDir,
-    launcher: LauncherClient,
-    inotify: Inotify,
-    jobs: Jobs,
+    parts: Parts,
     endings: Endings,
-    background: Background,
     gpus: Gpus,
     network: Network,
 ) -> None:
@@ -43,6 +39,7 @@ async def adopt(
 
     A stray is a job that no client can ask for any more. Call it once, before anything else.
     """
+    state, launcher, inotify, jobs = parts.state, parts.launcher, parts.inotify, parts.jobs
     await state.store.forget_secrets()
     boot_id = _boot_id()
     rebooted = await state.store.boot_id() not in (None, boot_id)
@@ -69,7 +66,7 @@ async def adopt(
         live.exec_seen(parse_record(state.read_status(job.id)).started_ns)
         endings.watch(live, init)
     await asyncio.gather(*(endings.finish(live, rebooted=rebooted) for live in ended))
-    await _remove_strays(launcher, jobs.live, background)
+    await _remove_strays(launcher, jobs.live, parts.background)
     # Only now: a worker that is killed before this has not reported yet which jobs the last boot took.
     await state.store.set_boot_id(boot_id)
 

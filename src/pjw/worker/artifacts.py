@@ -18,14 +18,14 @@ from pjw.worker.job import LiveJob
 from pjw.worker.orders import memory_file
 from pjw.worker.quota import StoredBytes
 from pjw.worker.state_dir import StateDir
-from pjw.worker.status_record import Kept, Packing, parse_record
+from pjw.worker.status_record import KeptArtifacts, Packing, parse_record
 
 log: Final = logging.getLogger(__name__)
 
 _NOT_WHOLE: Final = "the job's init, or its host, went down before they were whole"
 _NO_MEMORY: Final = "the job's memory does not suffice to pack them"
 _NO_DISK: Final = "the disk of pjwd was about to be full, and the job had most of it"
-# The words about artifacts that were not kept, by init's record; some records have words of their own.
+# The words about artifacts that were not kept, by init's record; some records have their own words.
 _WORDS: Final = {
     Packing.NOTHING: (ArtifactsState.EMPTY, "no file of the job matches"),
     Packing.STOPPED: (ArtifactsState.FAILED, "the job was stopped"),
@@ -69,7 +69,7 @@ class Keeping:
         if (watch := self._watches.pop(job_id, None)) is not None:
             self._inotify.unwatch(watch)
 
-    async def settle(self, live: LiveJob, kept: Kept | None, usage: Usage | None) -> None:
+    async def settle(self, live: LiveJob, kept: KeptArtifacts | None, usage: Usage | None) -> None:
         """Settle the artifacts of a job whose init has ended; remove an archive that is not whole.
 
         *kept* is the record of its init, if it came to that; *usage* is the job's usage.
@@ -102,7 +102,7 @@ class Keeping:
 
 
 def judge(
-    size: int | None, kept: Kept | None, *, oom_killed: bool = False, disk_limit: bool = False
+    size: int | None, kept: KeptArtifacts | None, *, oom_killed: bool = False, disk_limit: bool = False
 ) -> Artifacts:
     """Return the state of artifacts: *size* bytes of them are whole, or with None they are not.
 

@@ -6,13 +6,13 @@ Each function is called in the table's thread.
 import json
 import sqlite3
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from pjw.errors import SequenceError
 from pjw.model import EndReason, ExitStatus, Job, JobChange, JobState
-from pjw.worker.job_rows import COLUMNS, Row, counts_of, from_ns, job_of, limits_of
+from pjw.worker.job_rows import COLUMNS, Row, counts_of, from_ns, job_of, limits_of, to_ns
 from pjw.worker.pages import JobFilter, read_page
 
 # A change shows no more of a command than a line does: it may have half a megabyte.
@@ -23,7 +23,7 @@ _REMOVED: Final = "removed"
 BASE: Final = "base"
 
 
-class Kept(NamedTuple):
+class KeptChanges(NamedTuple):
     """The range of changes that can be requested: those behind `floor`, up to `last`."""
 
     floor: int
@@ -39,7 +39,7 @@ class SnapshotPage:
     last: int
 
 
-def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
+def kept(db: sqlite3.Connection, owner: str | None) -> KeptChanges:
     """Return the range of the kept changes of one client's jobs, or of all."""
     query = (
         "SELECT max((SELECT seq FROM change_floor), coalesce(max(changes_from), 0)),"
@@ -49,7 +49,7 @@ def kept(db: sqlite3.Connection, owner: str | None) -> Kept:
         row = db.execute(query).fetchone()
     else:
         row = db.execute(f"{query} WHERE name = ?", (owner,)).fetchone()
-    return Kept(*row)
+    return KeptChanges(*row)
 
 
 def read_changes(
@@ -227,3 +227,31 @@ def _change(row: Row, job: Job) -> JobChange:
     if state == JobState.QUEUED:
         job = replace(job, start=job.queued or job.start)
     return JobChange(replace(job, state=JobState(state)), sequence, time)
+
+
+def finish(db: sqlite3.Connection, notes: list[Note], job: Job) -> None:
+    """Write down how a job ended, with its notes that are not in the table yet."""
+    status = job.exit_status
+    if len(notes) > 1:
+        note(db, notes)
+    db.execute(
+        "UPDATE jobs SET told = coalesce(?, told), start_ns = ?, state = ?, end_ns = ?, exit_code = ?,"
+        " signal = ?, reason = ?, usage = ?, output_bytes = ?, artifacts = ?, artifact_bytes = ?,"
+        " artifacts_detail = ? WHERE id = ?",
+        (
+            notes[-1].state if notes else None,
+            to_ns(job.start),
+            job.state,
+            to_ns(job.end) if job.end else None,
+            # older versions read a code or a signal, never both
+            status.code if status and status.signal is None else None,
+            status.signal if status else None,
+            job.reason,
+            json.dumps(asdict(job.usage)) if job.usage else None,
+            job.output_bytes,
+            job.artifacts.state if job.artifacts else "",
+            job.artifacts.bytes if job.artifacts else 0,
+            job.artifacts.detail if job.artifacts else "",
+            job.id,
+        ),
+    )

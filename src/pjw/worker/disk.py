@@ -34,7 +34,7 @@ log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ScratchUse:
+class TreeUse:
     """The files of a job in its scratch directory, or of a client in a workspace."""
 
     bytes: int
@@ -70,7 +70,7 @@ class DiskSampler:
         scratch: int,
         launcher: LauncherClient,
         live: Mapping[int, LiveJob],
-        used: dict[int, ScratchUse],
+        used: dict[int, TreeUse],
         marks: DiskMarks,
         end: Callable[[LiveJob], None],
         held: HeldOutputs,
@@ -213,7 +213,7 @@ class DiskSampler:
         """Return the amount that a job's end would free. Its output is kept, and no artifacts are."""
         freed = 0
         if descriptor == self._scratch:
-            freed += getattr(self._used.get(live.job.id, ScratchUse(0, 0)), what)
+            freed += getattr(self._used.get(live.job.id, TreeUse(0, 0)), what)
         if what == "bytes" and (descriptor != self._scratch or self._shared):
             freed += self._state.input_size(live.job) + self._state.artifacts_size(live.job)
         return freed
@@ -241,7 +241,7 @@ class DiskSampler:
         self._used.clear()
         for line in text.splitlines():
             job_id, size, inodes = map(int, line.split())
-            self._used[job_id] = ScratchUse(size, inodes)
+            self._used[job_id] = TreeUse(size, inodes)
 
 
 async def read_all(descriptor: int) -> bytes:

@@ -15,13 +15,12 @@ from pjw.worker.artifacts import Keeping
 from pjw.worker.disk import DiskSampler
 from pjw.worker.held import HeldOutputs
 from pjw.worker.job import LiveJob
-from pjw.worker.jobs import Jobs
-from pjw.worker.launcher_client import Ended, LauncherClient, RunningInit
+from pjw.worker.launcher_client import Ended, RunningInit
+from pjw.worker.parts import Parts
 from pjw.worker.retention import Pruner
-from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import Record, parse_record
 from pjw.worker.stopping import Stopping
-from pjw.worker.tasks import Background
+from pjw.worker.tasks import log_bug
 from pjw.worker.usage_sampler import UsageSampler
 
 _SAVE_RETRY_SECONDS: Final = 2
@@ -37,26 +36,20 @@ class Endings:
 
     def __init__(
         self,
-        state: StateDir,
-        launcher: LauncherClient,
-        jobs: Jobs,
+        parts: Parts,
         pruner: Pruner,
         sampler: UsageSampler,
         disk: DiskSampler,
         stopping: Stopping,
         held: HeldOutputs,
-        background: Background,
         keeping: Keeping,
     ) -> None:
-        self._state: Final = state
-        self._launcher: Final = launcher
-        self._jobs: Final = jobs
+        self._parts: Final = parts
         self._pruner: Final = pruner
         self._sampler: Final = sampler
         self._disk: Final = disk
         self._stopping: Final = stopping
         self._held: Final = held
-        self._background: Final = background
         self._keeping: Final = keeping
         # called when the room that a job had is free again
         self.ended: Final[list[Callable[[Job], None]]] = []
@@ -70,7 +63,7 @@ class Endings:
 
     def watch(self, live: LiveJob, init: RunningInit) -> None:
         """Finish a job when its init ends; take samples until then."""
-        self._state.store.note(live.job)
+        self._parts.state.store.note(live.job)
         live.hold(init.pidfd)
         init.ended.add_done_callback(partial(self._on_end, live))
         if live.job.limits.time_max_seconds:
@@ -87,7 +80,7 @@ class Endings:
             live.watch()
         else:
             live.let_go()
-            self._background.spawn(self.finish(live, ended.result()))
+            self._parts.background.spawn(self.finish(live, ended.result()))
 
     async def finish(
         self, live: LiveJob, ended: protocol.Ended | None = None, *, rebooted: bool = False
@@ -100,7 +93,7 @@ class Endings:
         job_id = live.job.id
         self._held.remove(job_id)
         self._keeping.remove(job_id)
-        record = parse_record(self._state.read_status(job_id))
+        record = parse_record(self._parts.state.read_status(job_id))
         try:
             usage = await self._usage_of(job_id, ended, record)
         except LauncherGoneError:
@@ -128,9 +121,11 @@ class Endings:
                 live.removed.set()
             await self._save_later(live, was_stopped=was_stopped)
         removal = None if is_removed else asyncio.ensure_future(self.remove_traces(job_id))
+        if removal is not None:
+            removal.add_done_callback(log_bug)
         if not is_synced:
             await self._sync(job_id)
-        self._jobs.end(live)
+        self._parts.jobs.end(live)
         for each in self.ended:
             each(live.job)
         live.announce_end()
@@ -148,7 +143,7 @@ class Endings:
             # And not the number of its cgroup: a crash may have left a part of that.
             return record.usage
         try:
-            return await self._launcher.request_account(job_id)
+            return await self._parts.launcher.request_account(job_id)
         except LauncherGoneError:
             raise
         except PjwError as error:
@@ -156,8 +151,8 @@ class Endings:
             return None
 
     def _apply_end(self, live: LiveJob, record: Record, usage: Usage | None, *, rebooted: bool) -> None:
-        output_bytes = self._state.output_size(live.job)
-        live.disk_limit = self._state.is_ended_for_disk(live.job.id)
+        output_bytes = self._parts.state.output_size(live.job)
+        live.disk_limit = self._parts.state.is_ended_for_disk(live.job.id)
         if record.end is not None:
             if live.job.state is JobState.STARTING:
                 live.exec_seen(record.started_ns)
@@ -175,7 +170,7 @@ class Endings:
         # Before the row, or a crash in between would leave it for as long as the job is kept. Not among the
         # threads that wait for a disk, as the end waits for this.
         try:
-            await asyncio.to_thread(self._state.remove_input, job_id)
+            await asyncio.to_thread(self._parts.state.remove_input, job_id)
         except PjwError as error:
             log.error("%s", error)
 
@@ -185,8 +180,8 @@ class Endings:
             if live.job.attempt:
                 await self._save_attempt(live, was_stopped=was_stopped)
             elif not synced:
-                await self._state.store.finish(live.job)
-            elif (unsynced := await self._state.store.finish_and_sync(live.job)) is not None:
+                await self._parts.state.store.finish(live.job)
+            elif (unsynced := await self._parts.state.store.finish_and_sync(live.job)) is not None:
                 self._say_unsynced(live.job.id, unsynced)
         except PjwError as error:
             log.error("cannot write down the end of job %d: %s", live.job.id, error)
@@ -194,7 +189,7 @@ class Endings:
         return True
 
     async def _save_attempt(self, live: LiveJob, *, was_stopped: bool) -> None:
-        following = await self._state.store.finish_attempt(live.job, was_stopped=was_stopped)
+        following = await self._parts.state.store.finish_attempt(live.job, was_stopped=was_stopped)
         if following is not None:
             live.job = replace(live.job, retried_as=following.id)
             for each in self.retried:
@@ -208,18 +203,18 @@ class Endings:
 
     async def _sync(self, job_id: int) -> None:
         try:
-            await self._state.store.sync()
+            await self._parts.state.store.sync()
         except PjwError as error:
             self._say_unsynced(job_id, error)
 
     @staticmethod
     def _say_unsynced(job_id: int, error: PjwError) -> None:
-        log.error("the end of job %d may not survive a power cut: %s", job_id, error)
+        log.error("the end of job %d might not survive a power cut: %s", job_id, error)
 
     async def remove_traces(self, job_id: int) -> None:
         """Have the launcher remove the remains of a job, or of a failed launch; log a failure."""
         try:
-            await self._launcher.request_remove(job_id)
+            await self._parts.launcher.request_remove(job_id)
         except LauncherGoneError:
             pass  # the next worker removes them
         except PjwError as error:
@@ -229,7 +224,7 @@ class Endings:
         # After the announcement, since syncing gigabytes takes seconds. A loss by a power cut until then is
         # noticed: the row has the number of bytes.
         if job.output_bytes:
-            self._background.spawn(self._settle_all([job]))
+            self._parts.background.spawn(self._settle_all([job]))
             return
         if not self._silent:
             loop = asyncio.get_running_loop()
@@ -238,15 +233,15 @@ class Endings:
 
     def _settle_silent(self) -> None:
         jobs, self._silent = self._silent, []
-        self._background.spawn(self._settle_all(jobs))
+        self._parts.background.spawn(self._settle_all(jobs))
 
     async def _settle_all(self, jobs: Sequence[Job]) -> None:
-        await self._state.in_thread(self._settle_each, jobs)
+        await self._parts.state.in_thread(self._settle_each, jobs)
 
     def _settle_each(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             try:
-                self._state.settle(job)
+                self._parts.state.settle(job)
             except PjwError as error:
                 log.error("%s", error)
 

@@ -123,7 +123,7 @@ class Images:
             return False
 
     async def _find(self, client_name: str, name: str) -> tuple[str, ImageConfig]:
-        found = await self._store.of_workspaces(image_rows.find, client_name, name, time.time_ns())
+        found = await self._store.transact(image_rows.find, client_name, name, time.time_ns())
         if found is not None:
             return found
         table = await self._operators()
@@ -168,14 +168,14 @@ class Images:
         """How the job began that has an image: for another command in it."""
         client_name, key = self._of_job[job_id]
         if is_image_key(key):
-            own = await self._store.of_workspaces(image_rows.config, client_name, key)
+            own = await self._store.transact(image_rows.config, client_name, key)
             return own or ImageConfig()
         facts = (await self._operators())["images"].get(key)
         return ImageConfig() if facts is None else _config_of(facts)
 
     async def listed(self, owner: str | None) -> Sequence[Image]:
         """Return the images of a client, or with None of all clients, and the operator's."""
-        own = await self._store.of_workspaces(image_rows.listed, owner)
+        own = await self._store.transact(image_rows.listed, owner)
         found = [replace(image, jobs=self._uses[image.client_name, key]) for image, key in own]
         table = await self._operators()
         for name, digest in sorted(table["names"].items()):
@@ -195,15 +195,15 @@ class Images:
     async def begin_load(self, client_name: str, name: str) -> str:
         """Return the key of an image that will be unpacked. Raises LimitReachedError for too many."""
         check_image(name)
-        await self._store.of_workspaces(image_rows.require_room, client_name, name, self._settings.quotas)
+        await self._store.transact(image_rows.require_room, client_name, name, self._settings.quotas)
         return f"@{secrets.token_hex(8)}"
 
     async def keep(self, client_name: str, key: str, name: str, digest: str, config: ImageConfig) -> Image:
         """Give an image that was unpacked its name; it is on the disk then."""
         now = datetime.now(UTC)
         image = Image(name, digest, now, now, client_name=client_name, config=config)
-        await self._store.of_workspaces(image_rows.require_room, client_name, name, self._settings.quotas)
-        before = await self._store.of_workspaces(image_rows.keep, client_name, key, image, time.time_ns())
+        await self._store.transact(image_rows.require_room, client_name, name, self._settings.quotas)
+        before = await self._store.transact(image_rows.keep, client_name, key, image, time.time_ns())
         await self._store.sync()
         if before is not None:
             self._leave(client_name, before)
@@ -222,7 +222,7 @@ class Images:
 
         Raises ImageNotFoundError.
         """
-        key = await self._store.of_workspaces(image_rows.take_name, client_name, name)
+        key = await self._store.transact(image_rows.take_name, client_name, name)
         await self._store.sync()
         self._leave(client_name, key)
 
@@ -247,7 +247,7 @@ class Images:
                 # that is so where the job that was to unpack it did not come to be
                 while await self._is_named_by_job(use):  # noqa: ASYNC110  no event tells
                     await asyncio.sleep(_PAUSE_SECONDS)
-            await self._store.of_workspaces(image_rows.gone, client_name, key)
+            await self._store.transact(image_rows.gone, client_name, key)
             self._nameless.discard(use)
         except LauncherGoneError:
             raise
@@ -271,12 +271,12 @@ class Images:
 
         Gives jobs that unpack what nobody waits for any more, with their clients and keys.
         """
-        for job_id, client_name, key in await self._store.of_workspaces(image_rows.running):
+        for job_id, client_name, key in await self._store.transact(image_rows.running):
             self.begun(client_name, key, job_id)
         for lost in self._workspaces.missing:
-            await self._store.of_workspaces(image_rows.lose, *lost)
+            await self._store.transact(image_rows.lose, *lost)
         unpacking = []
-        for client_name, key, unpacked_by in await self._store.of_workspaces(image_rows.nameless):
+        for client_name, key, unpacked_by in await self._store.transact(image_rows.nameless):
             if unpacked_by is not None:
                 unpacking.append((unpacked_by, client_name, key))
             else:
@@ -303,14 +303,14 @@ class Images:
         if not age:
             return None
         before_ns = time.time_ns() - age * 1_000_000_000
-        for client_name, name, key in await self._store.of_workspaces(image_rows.unused, before_ns):
+        for client_name, name, key in await self._store.transact(image_rows.unused, before_ns):
             if (client_name, key) in self._uses:
                 # a job that has it was started long ago
-                await self._store.of_workspaces(image_rows.find, client_name, name, time.time_ns())
+                await self._store.transact(image_rows.find, client_name, name, time.time_ns())
                 continue
             log.info("removing the image %s of %s: it is unused for longer than is kept", name, client_name)
             await self.remove(client_name, name)
-        first_ns = await self._store.of_workspaces(image_rows.first_unused_ns)
+        first_ns = await self._store.transact(image_rows.first_unused_ns)
         if first_ns is None:
             # the next one to be loaded becomes too old no sooner
             return min(float(age), 86_400.0)

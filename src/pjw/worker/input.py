@@ -25,7 +25,7 @@ from pjw.model import Job
 from pjw.worker.quota import StoredBytes
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.state_dir import WHOLE_MODE, disk_error
-from pjw.worker.tasks import log_bug
+from pjw.worker.tasks import log_bug, log_failure
 
 
 class Inputs:
@@ -53,12 +53,13 @@ class Inputs:
         turn = self._turns.setdefault(subject, _Turn())
         turn.writers += 1
         if turn.latest is not None:
-            turn.latest.end(JobStateError(f"somebody else has begun to write to the input of {subject}"))
+            turn.latest.end(JobStateError(f"another WriteInput call for {subject} took over"))
         timeout = asyncio.timeout(None)
         writer = turn.latest = InputWriter(
             subject, timeout, self._bytes_max, partial(self._stored.taken, client_name)
         )
         ending = asyncio.ensure_future(_end_with(ended, writer, subject))
+        ending.add_done_callback(log_failure)
         try:
             async with timeout, turn.lock:
                 try:

@@ -1,12 +1,14 @@
-"""Rows of the table of jobs to values."""
+"""Rows of the table of jobs: their columns as values, and what is written of each job."""
 
 import json
-from collections.abc import Iterable
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
+from pjw.errors import NameTakenError
 from pjw.model import (
     After,
     ArrayCounts,
@@ -16,6 +18,7 @@ from pjw.model import (
     EndReason,
     ExitStatus,
     Job,
+    JobSpec,
     JobState,
     Limits,
     Usage,
@@ -180,3 +183,123 @@ def after_of(text: str) -> tuple[After, ...]:
     """Return the jobs that a job waits for, from its row."""
     pairs = (each.split(":") for each in text.split())
     return tuple(After(int(job_id), Condition(condition)) for job_id, condition in pairs)
+
+
+class AlreadyStartedError(Exception):
+    """A client has asked with this request id before, and got a job then."""
+
+    def __init__(self, job_id: int) -> None:
+        """Make the error; *job_id* is the job that the request has started."""
+        super().__init__(f"the request has started job {job_id}")
+        self.job_id: Final = job_id
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Format a list of texts as a row has it."""
+    return json.dumps(list(texts), ensure_ascii=False)
+
+
+# columns of a new job that a plain start leaves as they are
+NO_COLUMNS: Final[Mapping[str, int | str]] = {}
+
+
+def insert(
+    db: sqlite3.Connection,
+    client_name: str,
+    spec: JobSpec,
+    limits: Limits,
+    start_ns: int,
+    more: Mapping[str, int | str] = NO_COLUMNS,
+) -> int:
+    """Insert a job; return its id. Raises NameTakenError and AlreadyStartedError."""
+    if spec.outputs:
+        required = int(spec.output_required)
+        more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
+    if spec.mounts:
+        more = {**more, "mounts": listed(spec.mounts)}
+    if spec.gpus:
+        more = {**more, "gpus": spec.gpus}
+    if spec.node:
+        more = {**more, "chosen_node": spec.node}
+    if spec.partition or spec.constraint:
+        more = {**more, "slurm_partition": spec.partition, "slurm_constraint": spec.constraint}
+    if spec.allow or spec.link:
+        more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
+    try:
+        cursor = db.execute(
+            "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
+            f" input, request_id, workdir{''.join(f', {name}' for name in more)})"
+            f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?{', ?' * len(more)})",
+            (
+                client_name,
+                spec.display,
+                limits_text(limits),
+                start_ns,
+                spec.name,
+                json.dumps(dict(spec.labels)) if spec.labels else "{}",
+                spec.split_stderr,
+                spec.input,
+                spec.request_id or None,
+                spec.directory,
+                *more.values(),
+            ),
+        )
+    except sqlite3.IntegrityError:
+        if spec.request_id and (started := of_request(db, client_name, spec.request_id)) is not None:
+            raise AlreadyStartedError(started) from None
+        bearer = _bearer(db, client_name, spec.name)
+        if bearer is None:
+            raise
+        raise NameTakenError(
+            f"cannot start a job called {spec.name}: job {bearer} is called that, and has not ended",
+            hint=f"pjw stop {bearer}; or choose another name",
+            holder=bearer,
+        ) from None
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def _bearer(db: sqlite3.Connection, client_name: str, name: str) -> int | None:
+    query = "SELECT id FROM jobs WHERE client_name = ? AND name = ? AND name <> '' AND state IS NULL"
+    row = db.execute(query, (client_name, name)).fetchone()
+    return row[0] if row else None
+
+
+def of_request(db: sqlite3.Connection, client_name: str, request_id: str) -> int | None:
+    """Return the job that a client's request with this id has started; None when it has started none."""
+    query = "SELECT id FROM jobs WHERE client_name = ? AND request_id = ?"
+    row = db.execute(query, (client_name, request_id)).fetchone()
+    return row[0] if row else None
+
+
+def find(db: sqlite3.Connection, job_id: int, client_name: str | None) -> Job | None:
+    """Return one job, of one client or of any; None when there is none."""
+    # Looked for among the client's own, so that another's job takes the time that none takes.
+    whose, arguments = (
+        ("INDEXED BY jobs_of_client WHERE client_name = ? AND", (client_name,))
+        if client_name is not None
+        else ("WHERE", ())
+    )
+    query = f"SELECT {COLUMNS} FROM jobs {whose} id = ?"
+    row = db.execute(query, (*arguments, job_id)).fetchone()
+    return job_of(row) if row else None
+
+
+def gpus_of_jobs(db: sqlite3.Connection) -> dict[int, tuple[str, ...]]:
+    """Return the GPUs of the jobs that were begun, and whose end has not been written down."""
+    query = (
+        "SELECT id, gpu_names FROM jobs INDEXED BY jobs_alive"
+        " WHERE state IS NULL AND start_ns > 0 AND gpu_names <> ''"
+    )
+    return {job_id: tuple(json.loads(names)) for job_id, names in db.execute(query)}
+
+
+def alive(db: sqlite3.Connection) -> list[Job]:
+    """Return the jobs that were begun, and whose end has not been written down."""
+    return [
+        job_of(row)
+        for row in db.execute(
+            f"SELECT {COLUMNS} FROM jobs INDEXED BY jobs_alive WHERE state IS NULL AND start_ns > 0"
+            " AND id NOT IN (SELECT id FROM arrays) ORDER BY id"
+        )
+    ]

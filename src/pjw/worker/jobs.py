@@ -14,7 +14,7 @@ from pjw.model import Job, JobSpec, Limits
 from pjw.worker.gpus import NONE, Gpus, Taken
 from pjw.worker.job import LiveJob
 from pjw.worker.quota import RunningJobs
-from pjw.worker.workspaces import Use, Workspaces
+from pjw.worker.workspaces import JobInWorkspace, Workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Room:
 
     client_name: str
     limits: Limits
-    use: Use | None
+    use: JobInWorkspace | None
     gpus: Taken
 
 

@@ -1,4 +1,4 @@
-"""Asks the launcher: one method for each request; the answering ends are in launcher/dispatch.py."""
+"""Asks the launcher: one method for each request; the answers are in `ROUTES` of launcher/dispatch.py."""
 
 import asyncio
 import errno
@@ -52,7 +52,7 @@ Ended = asyncio.Future[protocol.Ended]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LauncherReply:
     """A reply and its descriptors; for a launch or an adoption also the future of that job's end."""
 
     reply: protocol.Reply
@@ -81,7 +81,7 @@ class LauncherClient:
         self._pidfd: Final = launcher.pidfd
         self._loop: Final = asyncio.get_running_loop()
         self._seq = 0
-        self._waiting: Final[dict[int, asyncio.Future[Answer]]] = {}
+        self._waiting: Final[dict[int, asyncio.Future[LauncherReply]]] = {}
         # of running jobs, by the number of their launch or adoption
         self._ends: Final[dict[int, Ended]] = {}
         self._unsent: Final[deque[tuple[bytes, list[int]]]] = deque()
@@ -325,13 +325,13 @@ class LauncherClient:
             raise ProtocolError("the launcher answered a request for a file with something else")
         return answer.descriptors[0]
 
-    async def _request(self, request: protocol.Request) -> Answer:
+    async def _request(self, request: protocol.Request) -> LauncherReply:
         answer = await self._ask(request)
         if isinstance(answer.reply, protocol.Refused):
             raise _error_of(answer.reply)
         return answer
 
-    async def _ask(self, request: protocol.Request, descriptors: list[int] | None = None) -> Answer:
+    async def _ask(self, request: protocol.Request, descriptors: list[int] | None = None) -> LauncherReply:
         # Ours now. They are closed when they are sent, while the launcher works, and not after its answer.
         owned = [] if descriptors is None else descriptors[:]
         if descriptors:
@@ -342,7 +342,7 @@ class LauncherClient:
         self._seq += 1
         seq = self._seq
         data = protocol.encode(seq, request)
-        waiting: asyncio.Future[Answer] = self._loop.create_future()
+        waiting: asyncio.Future[LauncherReply] = self._loop.create_future()
         self._waiting[seq] = waiting
         if self._unsent or not self._send(data, owned):
             self._unsent.append((data, owned))
@@ -414,7 +414,7 @@ class LauncherClient:
         if isinstance(reply, protocol.Launched) or (isinstance(reply, protocol.Adopted) and reply.alive):
             # made now, as the end may be the next thing that is read
             ended = self._ends[seq] = self._loop.create_future()
-        waiting.set_result(Answer(reply, fds, ended))
+        waiting.set_result(LauncherReply(reply, fds, ended))
 
     def _on_ended(self, seq: int, reply: protocol.Ended) -> None:
         ended = self._ends.pop(seq, None)
@@ -505,6 +505,6 @@ async def readable(descriptor: int) -> None:
         loop.remove_reader(descriptor)
 
 
-def _drop_reply(future: asyncio.Future[Answer]) -> None:
+def _drop_reply(future: asyncio.Future[LauncherReply]) -> None:
     if not future.cancelled() and future.exception() is None:
         close_all(future.result().descriptors)

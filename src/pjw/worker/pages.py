@@ -62,7 +62,7 @@ def read_page(
     """Return at most *count* jobs that fit, of one client or all, behind id *after* (0: from the first)."""
     begun = wanted.states - _QUEUED
     if begun != wanted.states and begun and not any(state.final for state in begun):
-        # each of the two has an index of its own
+        # each of the two has its own index
         parts = [
             read_page(db, client_name, after, count, replace(wanted, states=states), newest_first)
             for states in (_QUEUED, begun)
@@ -72,7 +72,7 @@ def read_page(
     query, looked_at = (_Query(newest_first, after, client_name) for _ in range(2))
     last: int | None = None
     if wanted.array_id is not None:
-        # its elements have an index of their own, and there are as many as ran
+        # its elements have their own index, and there is one for each that ran
         query.add("array_id = ?", wanted.array_id)
     if wanted.name:
         # lets SQLite choose the index of names
@@ -90,7 +90,7 @@ def read_page(
         query.source, bounded = "jobs INDEXED BY jobs_alive", False
         query.add("state IS NULL AND start_ns > 0")
     elif wanted.states:
-        # NULL: one that has ended may not have been written down
+        # NULL: perhaps the end of an ended job is not written yet
         marks = ", ".join("?" * len(wanted.states))
         query.add(f"(state IN ({marks}) OR state IS NULL)", *sorted(wanted.states))
     if bounded and (last := _last_to_look_at(db, looked_at)) is not None:

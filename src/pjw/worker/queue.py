@@ -1,6 +1,6 @@
 """The queue: jobs that wait for their turn, and what has them started then.
 
-It rests on the job table and on a `Backend`, which starts a job and tells of its end; how that is done it
+It rests on the job table and on a `Starter`, which starts a job and tells of its end; how that is done it
 does not know. The table has every job that waits, in its order. Here is only what must not be looked up each
 time: which clients have such jobs, what runs out of the queue, and why the next one cannot be started now.
 
@@ -54,7 +54,7 @@ _OF_A_CLIENT: Final = ("running_max", "stored_bytes_max", "workspaces_max", "wor
 PASSED_MAX: Final = 100
 # so many of the jobs that a job waits for are named
 _NAMED_MAX: Final = 5
-# Nothing tells Python 3.11 that somebody has set the clock.
+# Python 3.11 gets no event when the clock is set.
 _CLOCK_SECONDS: Final = 60.0
 # what NTP does to it bit by bit is less
 _CLOCK_SET_NS: Final = 10**9
@@ -63,11 +63,11 @@ log: Final = logging.getLogger(__name__)
 
 
 def _clock_ns() -> int:
-    """How far the clock is ahead of the time since the boot: it changes when somebody sets the clock."""
+    """How far the clock is ahead of the time since the boot: it changes when the clock is set."""
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-class Backend(Protocol):
+class Starter(Protocol):
     """The starter of jobs below the queue."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
@@ -87,7 +87,7 @@ class Queue:
     def __init__(
         self,
         store: JobStore,
-        backend: Backend,
+        backend: Starter,
         background: Background,
         settings: WorkerSettings,
         slots: Slots | None = None,
@@ -105,7 +105,7 @@ class Queue:
         self._shut: Final[defaultdict[str, set[int]]] = defaultdict(set)
         # jobs of each client that others may pass, as not every room is for them
         self._passed: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)
-        # arrays that somebody waits for, and of which an element has ended, maybe the last one
+        # arrays that a caller waits for, and of which an element has ended, maybe the last one
         self._maybe_over: Final[set[int]] = set()
         # the jobs of each client that are being started, by their ids
         self._starting: Final[defaultdict[str, dict[int, Head]]] = defaultdict(dict)

@@ -40,7 +40,7 @@ from pjw.worker.workspace_rows import is_free
 _CHANGED_MAX: Final = 200
 
 # what is written down, and shown, of a job that ended without a start
-STOPPED_BEFORE_START: Final = "somebody stopped it before its turn came"
+STOPPED_BEFORE_START: Final = "it was stopped before its turn came"
 SERVER_FAILED: Final = "pjwd failed to start it; the server's log has the details"
 
 _EARLY: Final = f"{WAITS} AND not_before_ns > 0"

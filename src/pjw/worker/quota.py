@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from pjw.amounts import exact_size
 from pjw.errors import InvalidJobError, LimitReachedError
 from pjw.model import TOO_DEEP, Job, Limits, Sums
-from pjw.worker.disk import ScratchUse
+from pjw.worker.disk import TreeUse
 from pjw.worker.host import memory_of
 from pjw.worker.job import LiveJob
 from pjw.worker.settings import Quotas, WorkerSettings
@@ -65,17 +65,16 @@ class RunningJobs:
         self.require_possible(client_name, limits)
         own, every = self.memory_max(client_name)
         wanted = self._promise(limits)
-        what = _in_words(wanted, limits)
         promised = self._memory[client_name]
         if own and promised + wanted > own:
             raise _no_room(
-                f"{what}: running jobs of {client_name} have {exact_size(promised)} of the"
-                f" {exact_size(own)} that they may have together",
+                f"{_in_words(wanted, limits)}: running jobs of {client_name} have {exact_size(promised)}"
+                f" of the {exact_size(own)} that they may have together",
                 own,
             )
         # do not tell a client about the jobs of others
         if every and self._memory.total() + wanted > every:
-            raise _no_room(f"{what}: this server has no room for that now")
+            raise _no_room(f"{_in_words(wanted, limits)}: this server has no room for that now")
         self.adopt(client_name, limits)
 
     def require_possible(self, client_name: str, limits: Limits) -> None:
@@ -171,7 +170,7 @@ class StoredBytes:
         self,
         state: JobFiles,
         live: Mapping[int, LiveJob],
-        scratch: Mapping[int, ScratchUse],
+        scratch: Mapping[int, TreeUse],
         quotas: Quotas,
     ) -> None:
         self._state: Final = state

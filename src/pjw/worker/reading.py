@@ -10,7 +10,7 @@ from typing import Final
 from pjw.errors import InvalidJobError, JobStateError, OutputLostError
 from pjw.model import Job, JobState
 from pjw.output import (
-    Head,
+    FramePrefix,
     Inotify,
     OutputLog,
     follow,
@@ -100,7 +100,7 @@ class Reading:
     # a context that lasts as long as the read
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def chunks(self, head: Head = no_head) -> AsyncGenerator[bytes, None]:
+    def chunks(self, head: FramePrefix = no_head) -> AsyncGenerator[bytes, None]:
         """Yield its bytes, as they come. *head* makes the beginning of each chunk from the chunk's length."""
         chunks = follow(self.output.log, self.offset, head, present_only=not self.follow)
         # most are whole, and one more generator is a part of the cost of a line to many followers
@@ -148,7 +148,7 @@ def output_of_ended(state: StateDir, inotify: Inotify, job: Job, *, stderr: bool
     if size < expected:
         lost = OutputLostError(
             f"the output of job {job.id} is cut short: {size} of {expected} bytes are on the server's disk;"
-            " the host went down before the disk had the rest, or somebody has cut the file short"
+            " the host went down before the disk had the rest, or the file was cut short"
         )
     return Output(_log_of(state, inotify, job, stderr=stderr), lost)
 
@@ -165,7 +165,7 @@ def artifacts_of(state: StateDir, inotify: Inotify, job: Job) -> Output:
     if size != expected:
         lost = OutputLostError(
             f"the artifacts of job {job.id} are not whole: {size or 0} of {expected} bytes are on the"
-            " server's disk; somebody has changed or removed the file"
+            " server's disk; the file was changed or removed"
         )
     return Output(OutputLog(state.artifacts_path(job.id), inotify, ended=True), lost)
 

@@ -20,7 +20,7 @@ _RETRY_SECONDS: Final = 60
 log: Final = logging.getLogger(__name__)
 
 
-class Kept(Protocol):
+class EndedJobs(Protocol):
     """The store of kept jobs: `StateDir` is one."""
 
     @property
@@ -37,7 +37,7 @@ class Kept(Protocol):
 class Pruner:
     """Row first, then files: a job that is shown has its output, and a crash in between leaves a note."""
 
-    def __init__(self, state: Kept, retention: Retention) -> None:
+    def __init__(self, state: EndedJobs, retention: Retention) -> None:
         self._state: Final = state
         self._retention = retention
         self._due: Final = asyncio.Event()

@@ -30,7 +30,7 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SessionRequest:
     """The request for a session: it must be known after a restart. `start_ns` is when it came."""
 
     command: str
@@ -66,7 +66,7 @@ class SessionFiles:
     def _directory(self, key: Key) -> str:
         return f"{self._all.path}/{key[0]}-{key[1]}"
 
-    def create(self, job_id: int, asked: Asked, size: TerminalSize | None) -> Made:
+    def create(self, job_id: int, asked: SessionRequest, size: TerminalSize | None) -> Made:
         """Make the files of one more session of a job, whose end its `status` tells: see `is_alive`.
 
         Raises LimitReachedError (the disk is full) and KernelError; nothing stays behind then.
@@ -97,10 +97,10 @@ class SessionFiles:
             os.close(descriptor)
         return number
 
-    def _fill(self, made: Made, asked: Asked, size: TerminalSize | None) -> None:
+    def _fill(self, made: Made, asked: SessionRequest, size: TerminalSize | None) -> None:
         directory, descriptors = self._directory(made.key), made.descriptors
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        members = {name: getattr(asked, name) for name in Asked.__dataclass_fields__}
+        members = {name: getattr(asked, name) for name in SessionRequest.__dataclass_fields__}
         with open(f"{directory}/session", "x", encoding="utf-8") as file:
             json.dump(members, file)
         descriptors.append(os.open(f"{directory}/output", flags | os.O_APPEND, 0o600))
@@ -119,11 +119,11 @@ class SessionFiles:
             if match := _NAME.fullmatch(name):
                 yield int(match[1]), int(match[2])
 
-    def read_asked(self, key: Key) -> Asked | None:
+    def read_asked(self, key: Key) -> SessionRequest | None:
         """Return the request; None where a crash has left it half made."""
         try:
             with open(self.path(key, "session"), encoding="utf-8") as file:
-                return Asked(**json.load(file))
+                return SessionRequest(**json.load(file))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,18 +26,14 @@ from pjw.worker.host import Descriptors
 from pjw.worker.input import Inputs, InputWriter
 from pjw.worker.job import LiveJob
 from pjw.worker.job_rows import from_ns
-from pjw.worker.launch_turns import LaunchTurns
-from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.orders import command_file
-from pjw.worker.quota import StoredBytes
+from pjw.worker.parts import Parts
 from pjw.worker.reading import Output, Part
-from pjw.worker.session_files import Asked, Key, SessionFiles, describe
+from pjw.worker.session_files import Key, SessionFiles, SessionRequest, describe
 from pjw.worker.settings import WorkerSettings
-from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import within
-from pjw.worker.store import Users
-from pjw.worker.tasks import Background, Flag, log_bug
+from pjw.worker.tasks import Flag, log_bug
 
 # After so long without a call that looks at it, a session is hung up; one that has ended is forgotten.
 LEASE_SECONDS: Final = 120.0
@@ -66,7 +62,12 @@ class LiveSession:
     """One session until it is forgotten. `session` is always a whole snapshot."""
 
     def __init__(
-        self, session: Session, client_name: str, asked: Asked, output: OutputLog, stderr: OutputLog | None
+        self,
+        session: Session,
+        client_name: str,
+        asked: SessionRequest,
+        output: OutputLog,
+        stderr: OutputLog | None,
     ) -> None:
         self.session = session
         self.client_name: Final = client_name
@@ -94,31 +95,13 @@ class LiveSession:
 class Sessions:
     """The sessions of one worker's jobs."""
 
-    def __init__(
-        self,
-        state: StateDir,
-        launcher: LauncherClient,
-        inotify: Inotify,
-        live_jobs: Mapping[int, LiveJob],
-        stored: StoredBytes,
-        inputs: Inputs,
-        users: Users,
-        turns: LaunchTurns,
-        background: Background,
-    ) -> None:
+    def __init__(self, parts: Parts, inputs: Inputs) -> None:
         """Begin without sessions. Raises KernelError."""
-        self._state: Final = state
-        self._files: Final = SessionFiles(state)
-        self._launcher: Final = launcher
-        self._inotify: Final = inotify
+        self._parts: Final = parts
+        self._files: Final = SessionFiles(parts.state)
         # of its own: a follower watches other files, for other changes
         self._ends: Final = Inotify(IN_CLOSE_WRITE)
-        self._live_jobs: Final = live_jobs
-        self._stored: Final = stored
         self._inputs: Final = inputs
-        self._users: Final = users
-        self._turns: Final = turns
-        self._background: Final = background
         self._descriptors: Final = Descriptors()
         self._lease_seconds: Final = LEASE_SECONDS
         self._sessions: Final[dict[Key, LiveSession]] = {}
@@ -131,15 +114,15 @@ class Sessions:
 
     async def adopt(self) -> None:
         """Find the sessions of the worker before us, after their jobs were found."""
-        for key in await self._state.in_thread(lambda: list(self._files.found())):
-            asked = await self._state.in_thread(self._files.read_asked, key)
-            job = await self._state.store.get(key[0])
-            record = parse_record(await self._state.in_thread(self._files.read_status, key))
-            alive = await self._state.in_thread(self._files.is_alive, key)
+        for key in await self._parts.state.in_thread(lambda: list(self._files.found())):
+            asked = await self._parts.state.in_thread(self._files.read_asked, key)
+            job = await self._parts.state.store.get(key[0])
+            record = parse_record(await self._parts.state.in_thread(self._files.read_status, key))
+            alive = await self._parts.state.in_thread(self._files.is_alive, key)
             if asked is None or job is None or (record.started_ns is None and not alive):
                 # no client knows of a session whose command was not executed
-                await self._state.in_thread(self._files.hang_up, key)
-                await self._state.in_thread(self._files.remove, key)
+                await self._parts.state.in_thread(self._files.hang_up, key)
+                await self._parts.state.in_thread(self._files.remove, key)
                 continue
             self._add(key, asked, job.client_name, record.started_ns or asked.start_ns)
 
@@ -187,11 +170,11 @@ class Sessions:
     async def connect(self, job: LiveJob, port: int) -> socket.socket:
         """Connect to a port within a job; see `Worker.connect`."""
         client_name = job.job.client_name
-        async with self._turns.turn(client_name):
+        async with self._parts.turns.turn(client_name):
             self._descriptors.require()
-            uid = await self._users.of(client_name)
+            uid = await self._parts.users.of(client_name)
             with _or_ended(job):
-                descriptor = await self._launcher.request_connect(job.job.id, uid, port)
+                descriptor = await self._parts.launcher.request_connect(job.job.id, uid, port)
         return socket.socket(fileno=descriptor)
 
     def _known(self, job_id: int, request_id: str) -> LiveSession | None:
@@ -215,10 +198,10 @@ class Sessions:
         self, job: LiveJob, spec: JobSpec, settings: WorkerSettings, *, detached: bool, archive: bool
     ) -> LiveSession:
         client_name = job.job.client_name
-        async with self._turns.turn(client_name):
-            await self._stored.check(client_name)
-            uid = await self._users.of(client_name)
-            asked = Asked(
+        async with self._parts.turns.turn(client_name):
+            await self._parts.stored.check(client_name)
+            uid = await self._parts.users.of(client_name)
+            asked = SessionRequest(
                 spec.display,
                 time.time_ns(),
                 spec.request_id,
@@ -229,20 +212,20 @@ class Sessions:
                 archive=archive,
             )
             self._descriptors.require()
-            made = await self._state.in_thread(self._files.create, job.job.id, asked, spec.terminal)
+            made = await self._parts.state.in_thread(self._files.create, job.job.id, asked, spec.terminal)
             try:
                 started_ns = await self._ask(job, spec, uid, settings, made.descriptors, archive=archive)
             except LauncherGoneError:
                 # It is unknown now whether it was started; the next worker will know.
                 raise
             except BaseException:
-                await self._state.in_thread(self._files.remove, made.key)
+                await self._parts.state.in_thread(self._files.remove, made.key)
                 raise
         try:
             return self._add(made.key, asked, client_name, started_ns)
         except PjwError:
             # no client would see its end
-            await self._state.in_thread(self._files.hang_up, made.key)
+            await self._parts.state.in_thread(self._files.hang_up, made.key)
             raise
 
     def _require_room(self, job: LiveJob) -> None:
@@ -284,13 +267,13 @@ class Sessions:
                 terminal=spec.terminal is not None,
                 archive=archive,
             )
-            return await self._launcher.request_exec(request, spec, files)
+            return await self._parts.launcher.request_exec(request, spec, files)
         finally:
             # of those that were not handed over
             for descriptor in files:
                 os.close(descriptor)
 
-    def _add(self, key: Key, asked: Asked, client_name: str, started_ns: int) -> LiveSession:
+    def _add(self, key: Key, asked: SessionRequest, client_name: str, started_ns: int) -> LiveSession:
         session = Session(
             job_id=key[0],
             number=key[1],
@@ -305,8 +288,8 @@ class Sessions:
             session,
             client_name,
             asked,
-            OutputLog(self._files.path(key, "output"), self._inotify, ended=False),
-            OutputLog(self._files.path(key, "stderr"), self._inotify, ended=False)
+            OutputLog(self._files.path(key, "output"), self._parts.inotify, ended=False),
+            OutputLog(self._files.path(key, "stderr"), self._parts.inotify, ended=False)
             if asked.split_stderr
             else None,
         )
@@ -324,10 +307,10 @@ class Sessions:
             return
         self._ends.unwatch(live.watch)
         live.watch = -1
-        self._background.spawn(self._finish(live))
+        self._parts.background.spawn(self._finish(live))
 
     async def _finish(self, live: LiveSession) -> None:
-        record = parse_record(await self._state.in_thread(self._files.read_status, live.key))
+        record = parse_record(await self._parts.state.in_thread(self._files.read_status, live.key))
         if record.end is not None:
             live.session = replace(
                 live.session,
@@ -345,11 +328,11 @@ class Sessions:
 
     async def _unrecorded(self, session: Session) -> Session:
         """Return a session whose end was not recorded: it ended with its job, or else in an unknown way."""
-        job = self._live_jobs.get(session.job_id)
+        job = self._parts.jobs.live.get(session.job_id)
         if job is not None:
             await within(_JOB_ENDS_SECONDS, job.ended)
         now = from_ns(time.time_ns())
-        row = job.job if job is not None else await self._state.store.get(session.job_id)
+        row = job.job if job is not None else await self._parts.state.store.get(session.job_id)
         if row is not None and row.state is JobState.EXITED:
             # its init, or the kernel, has sent SIGKILL to all that was left
             status = ExitStatus(signal=9)
@@ -386,11 +369,11 @@ class Sessions:
 
     def _hang_up(self, live: LiveSession) -> None:
         log.info("%s is hung up: its client has not come back", describe(live.key))
-        self._background.spawn(self._state.in_thread(self._files.hang_up, live.key))
+        self._parts.background.spawn(self._parts.state.in_thread(self._files.hang_up, live.key))
 
     def _forget(self, live: LiveSession) -> None:
         del self._sessions[live.key]
-        self._background.spawn(self._state.in_thread(self._files.remove, live.key))
+        self._parts.background.spawn(self._parts.state.in_thread(self._files.remove, live.key))
 
     # --- sessions as calls see them
 
@@ -411,11 +394,11 @@ class Sessions:
         """Give the terminal of a session another size. Raises JobStateError where there is none."""
         if not live.asked.terminal:
             raise JobStateError(f"{describe(live.key)} has no terminal")
-        await self._state.in_thread(self._files.resize, live.key, size)
+        await self._parts.state.in_thread(self._files.resize, live.key, size)
 
     async def stop(self, live: LiveSession, wait_for: Callable[..., Awaitable[None]]) -> Session:
         """Have a session end, and wait for that."""
-        await self._state.in_thread(self._files.hang_up, live.key)
+        await self._parts.state.in_thread(self._files.hang_up, live.key)
         ended = await self.wait(live, wait_for)
         # it may be as large as a disk, and the client that stops it wants no more of it
         if live.asked.archive and not live.users and live.key in self._sessions:

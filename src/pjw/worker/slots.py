@@ -62,20 +62,20 @@ class Wanting(Protocol):
 
 
 @dataclass(slots=True)
-class Use:
+class SlotUse:
     """The use of some jobs: their number, and the sums of their limits."""
 
     jobs: int = 0
     millicores: int = 0
     memory: int = 0
 
-    def add(self, other: "Use", sign: int) -> None:
+    def add(self, other: "SlotUse", sign: int) -> None:
         """Count other jobs (*sign* 1), or count them no more (-1)."""
         self.jobs += sign * other.jobs
         self.millicores += sign * other.millicores
         self.memory += sign * other.memory
 
-    def room_for(self, other: "Use", most: "Use") -> bool:
+    def room_for(self, other: "SlotUse", most: "SlotUse") -> bool:
         """Return whether both are within *most*, where 0 is no limit. A larger job takes all of it."""
         return all(
             not bound or there + min(more, bound) <= bound
@@ -95,18 +95,18 @@ class Slots:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self._host: Final = Use(0, resources().cpu_max_millicores, memory_of(settings.sums))
-        self._all: Final = Use()
-        self._clients: Final[dict[str, Use]] = {}
+        self._host: Final = SlotUse(0, resources().cpu_max_millicores, memory_of(settings.sums))
+        self._all: Final = SlotUse()
+        self._clients: Final[dict[str, SlotUse]] = {}
         # the amounts that each job was counted with: a reload may change these
-        self._taken: Final[dict[int, tuple[str, Use]]] = {}
+        self._taken: Final[dict[int, tuple[str, SlotUse]]] = {}
 
     def take(self, job: Wanting) -> None:
         """Count a job that is about to be started, or runs already."""
         use = self._promise(job.limits)
         self._taken[job.id] = job.client_name, use
         self._all.add(use, 1)
-        self._clients.setdefault(job.client_name, Use()).add(use, 1)
+        self._clients.setdefault(job.client_name, SlotUse()).add(use, 1)
 
     def has(self, job_id: int) -> bool:
         """Whether a job is counted."""
@@ -124,8 +124,10 @@ class Slots:
     def has_room_of_own(self, client_name: str, limits: Limits) -> bool:
         """Return whether a client's slots have room for a job of it."""
         slots = self.settings.queue
-        most = Use(slots.client_running_max, slots.client_cpu_max_millicores, slots.client_memory_max_bytes)
-        return self._clients.get(client_name, Use()).room_for(self._promise(limits), most)
+        most = SlotUse(
+            slots.client_running_max, slots.client_cpu_max_millicores, slots.client_memory_max_bytes
+        )
+        return self._clients.get(client_name, SlotUse()).room_for(self._promise(limits), most)
 
     def has_room(self, job: Wanting) -> bool:
         """Return whether the slots of all clients have room for a job."""
@@ -145,7 +147,7 @@ class Slots:
 
     def share(self, client_name: str) -> float:
         """Return a client's part of all slots, in the kind it has most of, by its weight."""
-        own, most, whole = self._clients.get(client_name, Use()), self._most(), self._whole()
+        own, most, whole = self._clients.get(client_name, SlotUse()), self._most(), self._whole()
         parts = (
             own.jobs / most.jobs if most.jobs else 0.0,
             own.millicores / (most.millicores or whole.millicores),
@@ -156,23 +158,23 @@ class Slots:
     def reserve(self, job: Wanting) -> None:
         """Keep the room for a job that was counted and is about to be started, where others could take it."""
 
-    def _whole(self) -> Use:
+    def _whole(self) -> SlotUse:
         """Return the whole that jobs share; never 0."""
         return self._host
 
-    def _most(self) -> Use:
+    def _most(self) -> SlotUse:
         slots, whole = self.settings.queue, self._whole()
         millicores, memory = slots.cpu_max_millicores, slots.memory_max_bytes
-        return Use(
+        return SlotUse(
             slots.running_max,
             whole.millicores if millicores is None else millicores,
             whole.memory if memory is None else memory,
         )
 
-    def _promise(self, limits: Limits) -> Use:
+    def _promise(self, limits: Limits) -> SlotUse:
         most, whole = self._most(), self._whole()
         millicores, memory = most.millicores or whole.millicores, most.memory or whole.memory
-        return Use(
+        return SlotUse(
             1,
             min(limits.cpu_max_millicores or millicores, millicores),
             min(limits.memory_max_bytes or memory, memory),

@@ -22,24 +22,23 @@ from pjw.errors import (
 )
 from pjw.launcher.protocol import Launch
 from pjw.model import EndReason, Job, JobSpec, Limits, is_image_key, offered
-from pjw.output import Inotify
 from pjw.worker.artifacts import patterns_file
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import Gpus
 from pjw.worker.host import Admission, Descriptors
 from pjw.worker.images import ImageReplacedError, Images
-from pjw.worker.jobs import Jobs, Room
-from pjw.worker.launch_turns import LaunchTurns, Turn
-from pjw.worker.launcher_client import LaunchBrokenOffError, LauncherClient, RunningInit
+from pjw.worker.job_rows import AlreadyStartedError
+from pjw.worker.jobs import Room
+from pjw.worker.launch_turns import Turn
+from pjw.worker.launcher_client import LaunchBrokenOffError, RunningInit
 from pjw.worker.orders import command_file
+from pjw.worker.parts import Parts
 from pjw.worker.queue_rows import SERVER_FAILED
-from pjw.worker.quota import RunningJobs, StoredBytes
+from pjw.worker.quota import RunningJobs
 from pjw.worker.reading import live_job
-from pjw.worker.state_dir import StateDir
 from pjw.worker.status_record import parse_record
 from pjw.worker.stopping import Stopping
-from pjw.worker.store import AlreadyStartedError, Users
-from pjw.worker.tasks import Background, log_bug
+from pjw.worker.tasks import log_bug
 from pjw.worker.uploads import Uploads
 
 log: Final = logging.getLogger(__name__)
@@ -55,40 +54,26 @@ class Starts:
 
     def __init__(
         self,
-        state: StateDir,
-        launcher: LauncherClient,
-        inotify: Inotify,
-        jobs: Jobs,
+        parts: Parts,
         running: RunningJobs,
-        stored: StoredBytes,
         endings: Endings,
         stopping: Stopping,
-        users: Users,
         images: Images,
-        turns: LaunchTurns,
-        background: Background,
         uploads: Uploads,
         gpus: Gpus,
         admission: Admission,
     ) -> None:
-        self._state: Final = state
-        self._launcher: Final = launcher
-        self._inotify: Final = inotify
-        self._jobs: Final = jobs
+        self._parts: Final = parts
         self._running: Final = running
-        self._stored: Final = stored
         self._endings: Final = endings
         self._stopping: Final = stopping
-        self._users: Final = users
         self._images: Final = images
-        self._background: Final = background
         self._uploads: Final = uploads
         self._gpus: Final = gpus
         self._admission: Final = admission
         # called when a start is over, whatever became of it
         self.settled: Callable[[], None] = lambda: None
         self._descriptors: Final = Descriptors()
-        self._turns: Final = turns
         self._tasks: Final[set[asyncio.Task[Job]]] = set()
         self._requests: Final[dict[_Request, asyncio.Task[Job]]] = {}
 
@@ -108,7 +93,7 @@ class Starts:
         task = self._requests.get(request) if request is not None else None
         if task is None:
             task = self._begin(spec, client_name, limits, request)
-        # Shielded from its first step on: the table has a thread of its own, so a row may be
+        # Shielded from its first step on: the table has its own thread, so a row may be
         # written although its caller was cancelled.
         try:
             return await asyncio.shield(task)
@@ -132,7 +117,7 @@ class Starts:
             raise
 
     def _require_launcher(self) -> None:
-        if self._launcher.gone.is_set():
+        if self._parts.launcher.gone.is_set():
             raise LauncherGoneError("the launcher has gone; running jobs go on")
 
     def _begin(
@@ -157,12 +142,15 @@ class Starts:
             task.exception()
 
     async def _start_once(self, spec: JobSpec, client_name: str, limits: Limits) -> Job:
-        if self._turns.is_busy(client_name) and (known := await self._known(spec, client_name)) is not None:
+        if (
+            self._parts.turns.is_busy(client_name)
+            and (known := await self._known(spec, client_name)) is not None
+        ):
             # not behind launches that may take long, for an answer that is there
             return known
         try:
             while True:
-                turn = self._turns.turn(client_name)
+                turn = self._parts.turns.turn(client_name)
                 try:
                     async with self._images.taken(client_name, spec) as (executed, image):
                         return await self._start_in_turn(executed, client_name, limits, turn, image)
@@ -191,18 +179,18 @@ class Starts:
             if spec.gpus:
                 spec = await self._gpus.with_variables(spec, room.gpus)
             made = partial(self._make_files, spec, image, descriptors)
-            job = await self._state.store.add(client_name, spec, limits, made, room.gpus.names)
+            job = await self._parts.state.store.add(client_name, spec, limits, made, room.gpus.names)
         except AlreadyStartedError as before:
-            self._jobs.give_back(room)
+            self._parts.jobs.give_back(room)
             return await self._job(before.job_id)
         except BaseException:
-            self._jobs.give_back(room)
+            self._parts.jobs.give_back(room)
             raise
-        self._jobs.settle(room, job.id)
+        self._parts.jobs.settle(room, job.id)
         self._images.begun(client_name, image, job.id)
-        # The row is there, so whatever happens to us, the next worker can find the process. Its
+        # The row is there, so after any end of ours the next worker can find the process. Its
         # way to the disk and the launch go side by side.
-        synced = self._state.store.sync()
+        synced = self._parts.state.store.sync()
         try:
             job = await self._launch(job, spec, uid, descriptors, self._discard)
         finally:
@@ -213,7 +201,7 @@ class Starts:
                 await asyncio.wait({synced})
             unsynced = synced.exception()
         if unsynced is not None:
-            self._background.spawn(self._end_and_discard(job.id))
+            self._parts.background.spawn(self._end_and_discard(job.id))
             raise unsynced
         return job
 
@@ -234,7 +222,7 @@ class Starts:
         self, job_id: int, spec: JobSpec, client_name: str, limits: Limits, image: str
     ) -> Job:
         job, uid, room = await self._admit(job_id, spec, client_name, limits)
-        self._jobs.settle(room, job_id)
+        self._parts.jobs.settle(room, job_id)
         self._images.begun(client_name, image, job_id)
         descriptors: list[int] = []
         ended: Job | None = None
@@ -246,29 +234,33 @@ class Starts:
             )
             ended = await self._put_back_or_end(job, error, can_be_tried=is_replaced)
 
-        turn = self._turns.turn(client_name)
+        turn = self._parts.turns.turn(client_name)
         try:
             try:
                 # Before the launch, not beside it: after a power cut nothing that was executed may be queued.
-                await self._state.store.sync()
+                await self._parts.state.store.sync()
                 await turn.begin()
                 self._require_launcher()
                 if spec.gpus:
                     spec = await self._gpus.with_variables(spec, room.gpus)
-                await self._state.store.in_turn(partial(self._make_files, spec, image, descriptors, job))
+                await self._parts.state.store.in_turn(
+                    partial(self._make_files, spec, image, descriptors, job)
+                )
             except LauncherGoneError:
                 # the next worker puts it back
                 raise
             except (CopyError, GpuError) as error:
                 # its files are gone, and do not come again; a GPU is gone, or nobody can tell
-                self._jobs.give_back(room)
-                ended = await self._state.store.end_without_start(job_id, EndReason.START_FAILED, str(error))
+                self._parts.jobs.give_back(room)
+                ended = await self._parts.state.store.end_without_start(
+                    job_id, EndReason.START_FAILED, str(error)
+                )
                 if ended is None:
                     raise
                 return ended
             except BaseException:
-                self._jobs.give_back(room)
-                await self._state.store.put_back(job_id)
+                self._parts.jobs.give_back(room)
+                await self._parts.state.store.put_back(job_id)
                 raise
             try:
                 job = await self._launch(job, spec, uid, descriptors, undo)
@@ -279,7 +271,7 @@ class Starts:
         finally:
             turn.end()
         try:
-            await self._state.store.settled(job_id)
+            await self._parts.state.store.settled(job_id)
         except PjwError as error:
             # the next worker sees that it was executed
             log.error("%s", error)
@@ -291,13 +283,13 @@ class Starts:
         self, job_id: int, spec: JobSpec, client_name: str, limits: Limits
     ) -> tuple[Job, int, Room]:
         """Take a job out of the queue, and room for it; the job, its user id, and the room."""
-        room = await self._jobs.take(client_name, spec, limits)
+        room = await self._parts.jobs.take(client_name, spec, limits)
         try:
-            await self._stored.check(client_name)
-            uid = await self._users.of(client_name)
-            return await self._state.store.admit(job_id, limits, room.gpus.names), uid, room
+            await self._parts.stored.check(client_name)
+            uid = await self._parts.users.of(client_name)
+            return await self._parts.state.store.admit(job_id, limits, room.gpus.names), uid, room
         except BaseException:
-            self._jobs.give_back(room)
+            self._parts.jobs.give_back(room)
             raise
 
     async def _put_back_or_end(self, job: Job, error: BaseException, *, can_be_tried: bool) -> Job | None:
@@ -305,27 +297,27 @@ class Starts:
 
         It can be when its command was certainly not executed, and the reason is not the job's own.
         """
-        was_executed = parse_record(self._state.read_status(job.id)).started_ns is not None
+        was_executed = parse_record(self._parts.state.read_status(job.id)).started_ns is not None
         await self._remove(job.id)
         is_of_the_host = isinstance(error, LimitReachedError | KernelError | asyncio.CancelledError)
         if (is_of_the_host or can_be_tried) and not was_executed:
-            await self._state.store.put_back(job.id)
+            await self._parts.state.store.put_back(job.id)
             return None
         why = error.refusal if isinstance(error, LaunchBrokenOffError) else error
         is_internal = not isinstance(why, PjwError) or (isinstance(why, KernelError) and not why.for_client)
         detail = SERVER_FAILED if is_internal else str(why)
-        return await self._state.store.end_without_start(job.id, EndReason.START_FAILED, detail)
+        return await self._parts.state.store.end_without_start(job.id, EndReason.START_FAILED, detail)
 
     async def _known(self, spec: JobSpec, client_name: str) -> Job | None:
         """Return the job that the same request has started before; None when it has started none."""
         if not spec.request_id:
             return None
-        job_id = await self._state.store.of_request(client_name, spec.request_id)
+        job_id = await self._parts.state.store.of_request(client_name, spec.request_id)
         return None if job_id is None else await self._job(job_id)
 
     async def _job(self, job_id: int) -> Job:
-        live = self._jobs.live.get(job_id)
-        job = live.job if live is not None else await self._state.store.get(job_id)
+        live = self._parts.jobs.live.get(job_id)
+        job = live.job if live is not None else await self._parts.state.store.get(job_id)
         if job is None:
             raise JobNotFoundError(job_id)
         return job
@@ -342,15 +334,15 @@ class Starts:
         if spec.gpus:
             await self._gpus.check(client_name, spec.gpus)
         offered(self._running.settings.mounts, client_name, spec.mounts)
-        room = await self._jobs.take(client_name, spec, limits)
+        room = await self._parts.jobs.take(client_name, spec, limits)
         try:
             # before the row, so that ids are launched in their order, as the launcher guesses
             await turn.begin()
             self._require_launcher()
-            await self._stored.check(client_name)
-            return await self._users.of(client_name), room
+            await self._parts.stored.check(client_name)
+            return await self._parts.users.of(client_name), room
         except BaseException:
-            self._jobs.give_back(room)
+            self._parts.jobs.give_back(room)
             raise
 
     def _make_files(self, spec: JobSpec, image: str, descriptors: list[int], job: Job) -> None:
@@ -369,16 +361,16 @@ class Starts:
             command = command_file(spec, job)
             if image:
                 # before the launch: the next worker must know what the job has
-                self._state.store.have_image(job.id, image)
-            descriptors += [command, *self._state.create_job(job, spec.terminal), *sent]
+                self._parts.state.store.have_image(job.id, image)
+            descriptors += [command, *self._parts.state.create_job(job, spec.terminal), *sent]
         except BaseException:
             for descriptor in (*sent, *((command,) if command >= 0 else ())):
                 os.close(descriptor)
             raise
 
     async def _launch(self, job: Job, spec: JobSpec, uid: int, descriptors: list[int], undo: _Undo) -> Job:
-        live = live_job(self._state, self._inotify, job)
-        self._jobs.add(live)
+        live = live_job(self._parts.state, self._parts.inotify, job)
+        self._parts.jobs.add(live)
         try:
             init, started_ns = await self._ask_for_launch(job, spec, uid, descriptors)
         except LauncherGoneError:
@@ -387,13 +379,13 @@ class Starts:
         except LaunchBrokenOffError as error:
             if error.is_left:
                 # Without this, a client with a stuck file system could collect inits that no limit counts.
-                self._background.spawn(self._give_back_when_departed(job))
+                self._parts.background.spawn(self._give_back_when_departed(job))
             else:
-                self._jobs.give_back_of(job)
+                self._parts.jobs.give_back_of(job)
             await undo(job, error)
             raise error.refusal from None
         except BaseException as error:
-            self._jobs.give_back_of(job)
+            self._parts.jobs.give_back_of(job)
             if isinstance(error, CopyError):
                 # what was unpacked before that failed: no other launch leaves files
                 await self._endings.remove_traces(job.id)
@@ -408,16 +400,16 @@ class Starts:
     async def _discard(self, job: Job, _: BaseException) -> None:
         """Remove a job that was not launched."""
         await self._remove(job.id)
-        await self._state.store.discard(job.id)
+        await self._parts.state.store.discard(job.id)
 
     async def _remove(self, job_id: int) -> None:
         """Remove all of a job that was not launched but its row."""
-        self._jobs.drop(job_id)
-        await asyncio.to_thread(self._state.remove_job, job_id)
+        self._parts.jobs.drop(job_id)
+        await asyncio.to_thread(self._parts.state.remove_job, job_id)
 
     async def _give_back_when_departed(self, job: Job) -> None:
-        await self._launcher.request_departed(job.id)
-        self._jobs.give_back_of(job)
+        await self._parts.launcher.request_departed(job.id)
+        self._parts.jobs.give_back_of(job)
 
     async def _ask_for_launch(
         self, job: Job, spec: JobSpec, uid: int, descriptors: list[int]
@@ -449,16 +441,16 @@ class Starts:
             link=job.link,
             gpus=self._gpus.names_of(job.id) if spec.gpus else (),
         )
-        return await self._launcher.request_launch(request, spec, descriptors)
+        return await self._parts.launcher.request_launch(request, spec, descriptors)
 
     def _undo(self, launch: asyncio.Future[Job]) -> None:
         if not launch.cancelled() and launch.exception() is None:
-            self._background.spawn(self._end_and_discard(launch.result().id))
+            self._parts.background.spawn(self._end_and_discard(launch.result().id))
 
     async def _end_and_discard(self, job_id: int) -> None:
-        live = self._jobs.live.get(job_id)
+        live = self._parts.jobs.live.get(job_id)
         if live is not None:
             self._stopping.begin(live, 0, SIGKILL)
             await live.ended.wait()
-        await asyncio.to_thread(self._state.remove_job, job_id)
-        await self._state.store.discard(job_id)
+        await asyncio.to_thread(self._parts.state.remove_job, job_id)
+        await self._parts.state.store.discard(job_id)

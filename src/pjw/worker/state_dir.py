@@ -98,7 +98,7 @@ class StateDir:
             ) from error
         # Of its own: calls here that wait for a disk must not hold up readers of output.
         self._threads: Final = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjw-disk")
-        # By descriptor: its owner may not be able to reach it by name (a parent of mode 0700).
+        # By descriptor: its owner perhaps cannot reach it by name (a parent of mode 0700).
         self._jobs: Final = f"/proc/self/fd/{self._jobs_fd}"
         try:
             self.store: Final = JobStore(_private_file(os.path.join(self.path, TABLE)))

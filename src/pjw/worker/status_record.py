@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from pjw.launcher.accounts import ACCOUNTS_OFFSET
+from pjw.launcher.protocol import ACCOUNTS_OFFSET
 from pjw.model import EndReason, ExitStatus, Usage
 
 # Room for the record is allocated before the job starts, so that even on a full disk its
@@ -52,7 +52,7 @@ class Packing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptArtifacts:
     """The same, with words for a person: the failure, or the files left out; empty where there are none."""
 
     packing: Packing
@@ -66,7 +66,7 @@ class Record:
     started_ns: int | None = None
     end: End | None = None
     usage: Usage | None = None
-    kept: Kept | None = None
+    kept: KeptArtifacts | None = None
 
 
 def parse_record(data: bytes) -> Record:
@@ -88,14 +88,14 @@ def _parse_end(ended: re.Match[bytes] | None) -> End | None:
     return End(int(ended[1]), status, _REASONS[ended[4]])
 
 
-def _parse_kept(data: bytes, start: int) -> Kept | None:
+def _parse_kept(data: bytes, start: int) -> KeptArtifacts | None:
     found = _ARTIFACTS.match(data, start)
     if found is None:
         return None
     # names are in it, which the job has chosen
     words = found[2].decode("utf-8", "backslashreplace")
     shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words)
-    return Kept(Packing(found[1].decode()), shown)
+    return KeptArtifacts(Packing(found[1].decode()), shown)
 
 
 def _parse_usage(data: bytes) -> Usage | None:

@@ -1,37 +1,32 @@
 """The job table, in SQLite. A job's row exists before its process does; ids are never reused."""
 
 import asyncio
-import json
 import logging
 import os
-import sqlite3
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial, wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from pjw.arrays import Element
 from pjw.errors import (
-    ConfigError,
     KernelError,
     LimitReachedError,
-    NameTakenError,
     PjwError,
     describe_errno,
 )
-from pjw.model import Artifacts, ArtifactsState, EndReason, Job, JobChange, JobSpec, JobState, Limits
-from pjw.worker import array_rows, change_rows, queue_rows, workspace_rows
-from pjw.worker.job_rows import COLUMNS, job_of, limits_text, to_ns
-from pjw.worker.one_thread import TOLD_LATER, OneThread
+from pjw.model import Artifacts, EndReason, Job, JobChange, JobSpec, JobState, Limits
+from pjw.worker import array_rows, change_rows, job_rows, queue_rows, retention_rows, workspace_rows
+from pjw.worker.job_rows import to_ns
+from pjw.worker.one_thread import TOLD_LATER
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page, read_page
-from pjw.worker.schema import migrate
 from pjw.worker.secret_files import SecretFiles
 from pjw.worker.settings import Quotas, Retention
-from pjw.worker.wal import WalSync
+from pjw.worker.table import Table, in_its_thread
 from pjw.worker.workspace_rows import NOTHING_BUSY
 
 # A pjwd that is ending releases the table in less time.
@@ -50,53 +45,10 @@ _COPY_WAIT_SECONDS: Final = 0.005
 log: Final = logging.getLogger(__name__)
 
 
-# The job that goes first when more is kept than allowed, by the member of Retention that bounds it; `:most`
-# is its value. A total is brought down at the cost of the client that has most: no client can push the jobs
-# of others out. Its bound is inside the question for that client: outside, SQLite would ask it again for each
-# of the client's jobs.
-def _to_prune(which: str = "", who: str = "") -> dict[str, str]:
-    return {
-        "age_seconds": "SELECT id FROM jobs WHERE state IS NOT NULL AND end_ns < :now - :most * 1000000000"
-        f"{which} ORDER BY end_ns LIMIT 1",
-        "jobs_per_client": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-        f" (SELECT name FROM clients WHERE ended_jobs > :most{who} LIMIT 1){which} ORDER BY end_ns LIMIT 1",
-        "bytes_per_client": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
-        f" (SELECT name FROM clients WHERE ended_bytes > :most{who} LIMIT 1){which} ORDER BY end_ns LIMIT 1",
-        "jobs_total": "SELECT id FROM jobs WHERE state IS NOT NULL AND client_name ="
-        " (SELECT name FROM clients WHERE (SELECT sum(ended_jobs) FROM clients) > :most"
-        f"{who} ORDER BY ended_jobs DESC LIMIT 1){which} ORDER BY end_ns LIMIT 1",
-        "bytes_total": "SELECT id FROM jobs WHERE output_bytes + artifact_bytes > 0 AND client_name ="
-        " (SELECT name FROM clients WHERE (SELECT sum(ended_bytes) FROM clients) > :most"
-        f"{who} ORDER BY ended_bytes DESC LIMIT 1){which} ORDER BY end_ns LIMIT 1",
-    }
-
-
-_TO_PRUNE: Final = _to_prune()
-# A node keeps an ended job until the gateway has written its end down. A client whose ended jobs are all of
-# that kind is not asked for: others may have more than may be kept.
-_TOLD: Final = "(reported OR coalesce(request_id, '') < 'cluster:' OR request_id >= 'cluster;')"
-_TOLD_TO_PRUNE: Final = _to_prune(
-    f" AND {_TOLD}",
-    f" AND EXISTS (SELECT 1 FROM jobs WHERE state IS NOT NULL AND client_name = clients.name AND {_TOLD})",
-)
-
-
-_P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 _NO_SECRETS: Final[Mapping[int, str]] = {}
-# columns of a new job that a plain start leaves as they are
-_NO_COLUMNS: Final[Mapping[str, int | str]] = {}
-
-
-class AlreadyStartedError(Exception):
-    """A client has asked with this request id before, and got a job then."""
-
-    def __init__(self, job_id: int) -> None:
-        """Make the error; *job_id* is the job that the request has started."""
-        super().__init__(f"the request has started job {job_id}")
-        self.job_id: Final = job_id
 
 
 class _NotWrittenError(Exception):
@@ -111,119 +63,31 @@ class NotQueuedError(Exception):
     """A job is not in the queue any more, or is held, when its turn has come."""
 
 
-def _listed(texts: Sequence[str]) -> str:
-    """Format a list of texts as a row has it."""
-    return json.dumps(list(texts), ensure_ascii=False)
-
-
-def in_its_thread(
-    method: Callable[Concatenate["JobStore", _P], _R],
-) -> Callable[Concatenate["JobStore", _P], Coroutine[Any, Any, _R]]:
-    """Have the body of a method, which reads or changes the table, run in the table's thread; await it."""
-
-    @wraps(method)
-    async def awaited(self: "JobStore", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return await self._run(method, self, *args, **kwargs)
-
-    return awaited
-
-
-class JobStore:
-    """The table, used from one thread of its own, so that a slow disk holds no event loop up.
-
-    Every method may raise LimitReachedError (the disk is full) or KernelError (it fails).
-    """
+class JobStore(Table):
+    """The jobs of the table, and of each client its number."""
 
     def __init__(self, path: str) -> None:
         """Open or create the table. Raises ConfigError when it is in use, or a newer pjw wrote it."""
-        self._path: Final = path
         # beside the table until the state directory says where
         self.secrets = SecretFiles(os.path.dirname(path))
         # whether there may be some
         self._has_secrets = False
-        self._thread: Final = OneThread("pjw-store")
         # jobs that have begun to run or to stop, until that is written down
         self._notes: dict[int, list[change_rows.Note]] = {}
         self._is_timed = False
-        # called in the table's thread when something has changed; None: there are no watchers
-        self.changed: Callable[[], object] | None = None
         # Rows of ended jobs as they are about to be, or are; belongs to the event loop.
         self._recent: Final[dict[int, Job]] = {}
         self._filtering: Final = asyncio.Lock()
         # those of the clients that wait for it, by name; None is for calls about the jobs of all
         self._filtering_of: Final[WeakValueDictionary[str | None, asyncio.Lock]] = WeakValueDictionary()
-        self._db: Final = self._guarded(self._open)
-        try:
-            self._wal: Final = WalSync(path)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            return self._open_within(0)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-        # tell the operator, at a terminal or in the log, why the start takes so long
-        log.warning("%s is in use by another pjwd; waiting %d s for its end", self._path, BUSY_SECONDS)
-        return self._open_within(BUSY_SECONDS)
-
-    def _open_within(self, seconds: float) -> sqlite3.Connection:
-        # check_same_thread: opened here, then used only by the one thread. isolation_level: a statement is a
-        # transaction by itself. With a BEGIN and a COMMIT around each, the thread would wait four times more
-        # for the interpreter's lock.
-        db = sqlite3.connect(self._path, timeout=seconds, check_same_thread=False, isolation_level=None)
-        try:
-            self._prepare(db)
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        # One process uses the table, and it may have lost the right to reach it by its path
-        # (pjwd drops root after this): hold every file open, need no shared-memory file.
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA temp_store = MEMORY")
-        db.execute("PRAGMA journal_mode = WAL")
-        # NORMAL: a commit survives the death of any process. Commits that must survive a power cut too are
-        # synced by us (wal.py), beside other work; FULL would have each wait in turn.
-        db.execute("PRAGMA synchronous = NORMAL")
-        migrate(db, self._path)
+        super().__init__(path)
 
     def close(self) -> None:
         """Write the pending notes and close."""
         self._thread.close()
         with suppress(PjwError):
             self._guarded(self._note_all, self._notes)
-        self._wal.close()
-        self._db.close()
-
-    def reserve(self) -> None:
-        """Have space for the necessary writes on a full disk, if it was full when this was opened."""
-        self._wal.reserve()
-
-    def sync(self) -> asyncio.Future[None]:
-        """Sync; done when all rows written before this call will survive a power cut. Raises KernelError."""
-        return self._wal.sync()
-
-    def copy_to(self, target: sqlite3.Connection) -> None:
-        """Copy the table as it is at one moment; call it from any thread, while others use the table.
-
-        The copy also gets the writes of others meanwhile: SQLite sees to that, as they use the same
-        connection.
-        """
-        self._guarded(self._db.backup, target, pages=_COPY_PAGES, sleep=_COPY_WAIT_SECONDS)
-
-    def size_bytes(self) -> int:
-        """Return the size of a copy of the table; call it from any thread."""
-        return self._guarded(self._size_bytes)
-
-    def _size_bytes(self) -> int:
-        ((pages,),) = self._db.execute("PRAGMA page_count")
-        ((page_bytes,),) = self._db.execute("PRAGMA page_size")
-        return int(pages * page_bytes)
+        super().close()
 
     @in_its_thread
     def client_number(self, name: str) -> int:
@@ -270,11 +134,11 @@ class JobStore:
     def _add(self, client_name: str, spec: JobSpec, limits: Limits, gpu_names: Sequence[str]) -> Job:
         now = datetime.now(UTC)
         own: Mapping[str, int | str] = (
-            workspace_rows.columns_of(spec) if spec.workspace or spec.image else _NO_COLUMNS
+            workspace_rows.columns_of(spec) if spec.workspace or spec.image else job_rows.NO_COLUMNS
         )
         if gpu_names:
-            own = {**own, "gpu_names": _listed(gpu_names)}
-        job_id = self._insert(client_name, spec, limits, to_ns(now), own)
+            own = {**own, "gpu_names": job_rows.listed(gpu_names)}
+        job_id = job_rows.insert(self._db, client_name, spec, limits, to_ns(now), own)
         return Job(
             job_id,
             client_name,
@@ -298,74 +162,9 @@ class JobStore:
             gpus=spec.gpus,
         )
 
-    def _insert(
-        self,
-        client_name: str,
-        spec: JobSpec,
-        limits: Limits,
-        start_ns: int,
-        more: Mapping[str, int | str] = _NO_COLUMNS,
-    ) -> int:
-        """Insert a job; its id. Raises NameTakenError and AlreadyStartedError."""
-        if spec.outputs:
-            required = int(spec.output_required)
-            more = {**more, "artifacts": ArtifactsState.PENDING, "artifacts_required": required}
-        if spec.mounts:
-            more = {**more, "mounts": _listed(spec.mounts)}
-        if spec.gpus:
-            more = {**more, "gpus": spec.gpus}
-        if spec.node:
-            more = {**more, "chosen_node": spec.node}
-        if spec.partition or spec.constraint:
-            more = {**more, "slurm_partition": spec.partition, "slurm_constraint": spec.constraint}
-        if spec.allow or spec.link:
-            more = {**more, "allow": " ".join(spec.allow), "link": spec.link}
-        try:
-            cursor = self._db.execute(
-                "INSERT INTO jobs (client_name, command, limits, start_ns, name, labels, split_stderr,"
-                f" input, request_id, workdir{''.join(f', {name}' for name in more)})"
-                f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?{', ?' * len(more)})",
-                (
-                    client_name,
-                    spec.display,
-                    limits_text(limits),
-                    start_ns,
-                    spec.name,
-                    json.dumps(dict(spec.labels)) if spec.labels else "{}",
-                    spec.split_stderr,
-                    spec.input,
-                    spec.request_id or None,
-                    spec.directory,
-                    *more.values(),
-                ),
-            )
-        except sqlite3.IntegrityError:
-            if spec.request_id and (started := self._of_request(client_name, spec.request_id)) is not None:
-                raise AlreadyStartedError(started) from None
-            bearer = self._bearer(client_name, spec.name)
-            if bearer is None:
-                raise
-            raise NameTakenError(
-                f"cannot start a job called {spec.name}: job {bearer} is called that, and has not ended",
-                hint=f"pjw stop {bearer}; or choose another name",
-                holder=bearer,
-            ) from None
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
-
-    def _bearer(self, client_name: str, name: str) -> int | None:
-        query = "SELECT id FROM jobs WHERE client_name = ? AND name = ? AND name <> '' AND state IS NULL"
-        row = self._db.execute(query, (client_name, name)).fetchone()
-        return row[0] if row else None
-
     async def of_request(self, client_name: str, request_id: str) -> int | None:
         """Return the job that a client's request with this id has started; None when it has started none."""
-        return await self._run(self._of_request, client_name, request_id)
-
-    def _of_request(self, client_name: str, request_id: str) -> int | None:
-        query = "SELECT id FROM jobs WHERE client_name = ? AND request_id = ?"
-        row = self._db.execute(query, (client_name, request_id)).fetchone()
-        return row[0] if row else None
+        return await self._run(job_rows.of_request, self._db, client_name, request_id)
 
     async def discard(self, job_id: int) -> None:
         """Delete a job that was never started; its id stays used."""
@@ -420,10 +219,10 @@ class JobStore:
         """Write down the end of a job that is not tried again."""
         if job.array_id is None:
             # one statement, which is a transaction by itself
-            self._finish(notes, job)
+            change_rows.finish(self._db, notes, job)
             return
         with self._transaction():
-            self._finish(notes, job)
+            change_rows.finish(self._db, notes, job)
             self._count_element(job)
 
     def _count_element(self, job: Job) -> None:
@@ -457,37 +256,11 @@ class JobStore:
         was_stopped: bool,  # noqa: FBT001  by position
     ) -> Job | None:
         with self._transaction():
-            self._finish(notes, job)
+            change_rows.finish(self._db, notes, job)
             following = queue_rows.retry(self._db, job, time.time_ns(), was_stopped=was_stopped)
             if following is None:
                 self._count_element(job)
             return following
-
-    def _finish(self, notes: list[change_rows.Note], job: Job) -> None:
-        status = job.exit_status
-        if len(notes) > 1:
-            change_rows.note(self._db, notes)
-        self._db.execute(
-            "UPDATE jobs SET told = coalesce(?, told), start_ns = ?, state = ?, end_ns = ?, exit_code = ?,"
-            " signal = ?, reason = ?, usage = ?, output_bytes = ?, artifacts = ?, artifact_bytes = ?,"
-            " artifacts_detail = ? WHERE id = ?",
-            (
-                notes[-1].state if notes else None,
-                to_ns(job.start),
-                job.state,
-                to_ns(job.end) if job.end else None,
-                # older versions read a code or a signal, never both
-                status.code if status and status.signal is None else None,
-                status.signal if status else None,
-                job.reason,
-                json.dumps(asdict(job.usage)) if job.usage else None,
-                job.output_bytes,
-                job.artifacts.state if job.artifacts else "",
-                job.artifacts.bytes if job.artifacts else 0,
-                job.artifacts.detail if job.artifacts else "",
-                job.id,
-            ),
-        )
 
     # --- the queue
 
@@ -540,7 +313,7 @@ class JobStore:
                 job_ids.append(self._enqueue_one(client_name, placed, limits, quotas, token, now, awaited))
             if self._db.total_changes > before:
                 queue_rows.check_quotas(self._db, client_name, quotas)
-            jobs = [self._get(job_id, client_name) for job_id in job_ids]
+            jobs = [job_rows.find(self._db, job_id, client_name) for job_id in job_ids]
         return [job for job in jobs if job is not None], awaited
 
     def _enqueue_one(
@@ -555,8 +328,8 @@ class JobStore:
     ) -> int:
         columns = {**queue_rows.columns_of(spec, now_ns), **workspace_rows.columns_of(spec)}
         try:
-            job_id = self._insert(client_name, spec, limits, 0, columns)
-        except AlreadyStartedError as before:
+            job_id = job_rows.insert(self._db, client_name, spec, limits, 0, columns)
+        except job_rows.AlreadyStartedError as before:
             return before.job_id
         if spec.workspace:
             workspace_rows.name(self._db, client_name, spec.workspace, now_ns, quotas)
@@ -622,7 +395,9 @@ class JobStore:
             if not queue_rows.has_secrets(self._db, token):
                 self._remove_secrets(token)
 
-    def _remove_spent_secrets(self) -> None:
+    def _after_change(self) -> None:
+        if not self._has_secrets:
+            return
         for token in queue_rows.spent_secrets(self._db):
             self._remove_secrets(token)
             self._db.execute("DELETE FROM spent_secrets WHERE name = ?", (token,))
@@ -718,7 +493,7 @@ class JobStore:
 
         Its spec stays stored until `settled`: a crash before that may have left it undone.
         """
-        names = _listed(gpu_names) if gpu_names else ""
+        names = job_rows.listed(gpu_names) if gpu_names else ""
         job = await self._run(queue_rows.admit, self._db, job_id, limits, time.time_ns(), names)
         if job is None:
             raise NotQueuedError
@@ -757,29 +532,9 @@ class JobStore:
         """Return the jobs that were admitted, and whose execution is not written down."""
         return set(await self._run(queue_rows.admitted, self._db))
 
-    async def of_workspaces(
-        self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
-    ) -> _R:
-        """Call a function of workspace_rows; its changes are one transaction."""
-        return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
-
-    async def transact(
-        self, function: Callable[Concatenate[sqlite3.Connection, _P], _R], *args: _P.args, **kwargs: _P.kwargs
-    ) -> _R:
-        """Call a function with the table, in its thread; its changes are one transaction."""
-        return await self._run(self._in_transaction, partial(function, self._db, *args, **kwargs))
-
-    def _in_transaction(self, function: Callable[[], _R]) -> _R:
-        with self._transaction():
-            return function()
-
     def have_image(self, job_id: int, key: str) -> None:
         """Write down which image a job is about to have; in the table's thread, as `add` calls it."""
         self._db.execute("UPDATE jobs SET image_key = ? WHERE id = ?", (key, job_id))
-
-    async def in_turn(self, function: Callable[[], _R]) -> _R:
-        """Call a function that touches files in the table's thread, as `add` does."""
-        return await self._run(function)
 
     # --- changes of state
 
@@ -814,7 +569,7 @@ class JobStore:
             # a full disk: with the next ones, or with the ends of their jobs
             self._notes = {**notes, **self._notes}
 
-    async def kept_changes(self, owner: str | None) -> change_rows.Kept:
+    async def kept_changes(self, owner: str | None) -> change_rows.KeptChanges:
         """Return the range of the kept changes of one client's jobs, or of all."""
         self._write_notes()
         return await self._run(change_rows.kept, self._db, owner)
@@ -843,18 +598,7 @@ class JobStore:
         # another's is looked for in the table, like one that never was
         if recent is not None and client_name in (None, recent.client_name):
             return recent
-        return await self._run(self._get, job_id, client_name)
-
-    def _get(self, job_id: int, client_name: str | None) -> Job | None:
-        # Looked for among the client's own, so that another's job takes the time that none takes.
-        whose, arguments = (
-            ("INDEXED BY jobs_of_client WHERE client_name = ? AND", (client_name,))
-            if client_name is not None
-            else ("WHERE", ())
-        )
-        query = f"SELECT {COLUMNS} FROM jobs {whose} id = ?"
-        row = self._db.execute(query, (*arguments, job_id)).fetchone()
-        return job_of(row) if row else None
+        return await self._run(job_rows.find, self._db, job_id, client_name)
 
     async def page(
         self,
@@ -873,25 +617,13 @@ class JobStore:
         async with self._filtering_of.setdefault(client_name, asyncio.Lock()), self._filtering:
             return await self._run(read_page, self._db, client_name, after, count, wanted, newest_first)
 
-    @in_its_thread
-    def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
+    async def gpus_of_jobs(self) -> dict[int, tuple[str, ...]]:
         """Return the GPUs of the jobs that were begun, and whose end has not been written down."""
-        query = (
-            "SELECT id, gpu_names FROM jobs INDEXED BY jobs_alive"
-            " WHERE state IS NULL AND start_ns > 0 AND gpu_names <> ''"
-        )
-        return {job_id: tuple(json.loads(names)) for job_id, names in self._db.execute(query)}
+        return await self._run(job_rows.gpus_of_jobs, self._db)
 
-    @in_its_thread
-    def alive(self) -> list[Job]:
+    async def alive(self) -> list[Job]:
         """Return the jobs that were begun, and whose end has not been written down."""
-        return [
-            job_of(row)
-            for row in self._db.execute(
-                f"SELECT {COLUMNS} FROM jobs INDEXED BY jobs_alive WHERE state IS NULL AND start_ns > 0"
-                " AND id NOT IN (SELECT id FROM arrays) ORDER BY id"
-            )
-        ]
+        return await self._run(job_rows.alive, self._db)
 
     async def remove(self, job_id: int) -> None:
         """Delete the row of an ended job. Its files are next: it is among the `removals` until `removed`."""
@@ -900,18 +632,7 @@ class JobStore:
 
     def _remove(self, job_id: int) -> None:
         with self._transaction():
-            self._move_to_removals(job_id)
-
-    def _move_to_removals(self, job_id: int) -> bool:
-        """Return whether it was there, and could go: one whose end has had no effect on others yet stays."""
-        query = (
-            "DELETE FROM jobs WHERE id = ? AND state IS NOT NULL"
-            " AND NOT EXISTS (SELECT 1 FROM dependencies WHERE after_id = jobs.id)"
-        )
-        if not self._db.execute(query, (job_id,)).rowcount:
-            return False
-        self._db.execute("INSERT INTO removals VALUES (?)", (job_id,))
-        return True
+            retention_rows.remove(self._db, job_id)
 
     async def prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
         """Remove, as `remove` does, at most *count* ended jobs that are more than may be kept; their ids."""
@@ -921,54 +642,33 @@ class JobStore:
         return pruned
 
     def _prune(self, retention: Retention, now_ns: int, count: int) -> list[int]:
-        pruned: list[int] = []
         with self._transaction():
-            while len(pruned) < count:
-                job_id = self._first_to_prune(retention, now_ns)
-                if job_id is None or not self._move_to_removals(job_id):
-                    break
-                pruned.append(job_id)
-        return pruned
+            return retention_rows.prune(self._db, retention, now_ns, count)
 
-    def _first_to_prune(self, retention: Retention, now_ns: int) -> int | None:
-        for name, query in (_TOLD_TO_PRUNE if retention.keeps_untold else _TO_PRUNE).items():
-            most = getattr(retention, name)
-            row = self._db.execute(query, {"most": most, "now": now_ns}).fetchone() if most else None
-            if row is not None:
-                return int(row[0])
-        return None
-
-    @in_its_thread
-    def removals(self) -> list[int]:
+    async def removals(self) -> list[int]:
         """Return the jobs whose rows are gone, and whose files may still be there."""
-        return [job_id for (job_id,) in self._db.execute("SELECT id FROM removals")]
+        return await self._run(retention_rows.removals, self._db)
 
     @in_its_thread
     def removed(self, job_ids: Sequence[int]) -> None:
         """Note that the files of these are gone as well: nothing is left of them."""
         with self._transaction():
-            self._db.executemany("DELETE FROM removals WHERE id = ?", [(job_id,) for job_id in job_ids])
+            retention_rows.removed(self._db, job_ids)
 
-    @in_its_thread
-    def first_end_ns(self, *, told: bool = False) -> int | None:
+    async def first_end_ns(self, *, told: bool = False) -> int | None:
         """Return when the first job ended, *told*: of those that may be removed; None when none has."""
-        which = f" AND {_TOLD}" if told else ""
-        query = f"SELECT end_ns FROM jobs WHERE state IS NOT NULL{which} ORDER BY end_ns LIMIT 1"
-        row = self._db.execute(query).fetchone()
-        return row[0] if row else None
+        return await self._run(retention_rows.first_end_ns, self._db, told=told)
 
     @in_its_thread
     def ended_bytes(self, client_name: str) -> tuple[int, int]:
         """Return the bytes of a client's, and all clients', ended jobs' output and of workspaces."""
-        query = "SELECT total(ended_bytes * (name = ?)), total(ended_bytes) FROM clients"
-        own, everybodys = self._db.execute(query, (client_name,)).fetchone()
+        own, all_clients = retention_rows.ended_bytes(self._db, client_name)
         in_workspaces, all_workspaces = workspace_rows.total_bytes(self._db, client_name)
-        return int(own) + in_workspaces, int(everybodys) + all_workspaces
+        return own + in_workspaces, all_clients + all_workspaces
 
-    @in_its_thread
-    def totals(self) -> list[tuple[str, int, int]]:
+    async def totals(self) -> list[tuple[str, int, int]]:
         """Return for each client the number of its ended jobs, and the bytes of their output."""
-        return self._db.execute("SELECT name, ended_jobs, ended_bytes FROM clients").fetchall()
+        return await self._run(retention_rows.totals, self._db)
 
     @in_its_thread
     def boot_id(self) -> str | None:
@@ -982,48 +682,6 @@ class JobStore:
         with self._transaction():
             self._db.execute("DELETE FROM host")
             self._db.execute("INSERT INTO host VALUES (?)", (boot_id,))
-
-    async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return await self._thread.run(lambda: self._call(function, *args, **kwargs))
-
-    def _call(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        before = self._db.total_changes
-        try:
-            result = self._guarded(function, *args, **kwargs)
-            if self._has_secrets and self._db.total_changes != before:
-                self._guarded(self._remove_spent_secrets)
-            return result
-        finally:
-            if self.changed is not None and self._db.total_changes != before:
-                self.changed()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Make several changes, all of them or none."""
-        self._db.execute("BEGIN")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            # SQLite itself has rolled back after some errors, such as a full disk
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    def _guarded(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return function(*args, **kwargs)
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0)
-            if code == sqlite3.SQLITE_BUSY:
-                # only when it is opened: it is locked from then on (locking_mode)
-                raise ConfigError(
-                    f"the job table {self._path} is in use by another pjwd",
-                    hint="stop that one, or give this one another --state-dir",
-                ) from error
-            if code == sqlite3.SQLITE_FULL:
-                raise LimitReachedError(f"no space is left for the job table {self._path}") from error
-            raise KernelError("use the job table", f"{self._path} ({error})", 0) from error
 
 
 # The user that each client's jobs run as: its own, for ever.

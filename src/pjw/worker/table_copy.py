@@ -1,6 +1,6 @@
 """A copy of the job table as it is at one moment, while the table is in use.
 
-A worker locks the table (store.py), so no other process can read it. So the worker copies it itself, with
+A worker locks the table (table.py), so no other process can read it. So the worker copies it itself, with
 SQLite's backup API, and hands out a descriptor. SQLite opens files by their paths. A server that has given
 root up may be unable to reach its own state directory by path, so the file is opened before.
 """
@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Final
 
 from pjw.amounts import size_in_words
-from pjw.errors import KernelError, LimitReachedError
+from pjw.errors import JobTableError, KernelError, LimitReachedError
 from pjw.worker.settings import DiskMarks
 from pjw.worker.store import JobStore
 
@@ -42,7 +42,7 @@ class TableCopy:
         except OSError as error:
             raise KernelError("make", path, error.errno or 0) from error
         except sqlite3.Error as error:
-            raise KernelError("make", f"{path} ({error})", 0) from error
+            raise JobTableError("make", path, error) from error
 
     def take(self, store: JobStore, marks: DiskMarks) -> int:
         """Copy the table; return the descriptor of the copy, ours to close.

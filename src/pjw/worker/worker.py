@@ -48,7 +48,7 @@ from pjw.output import Inotify
 from pjw.worker.adoption import adopt
 from pjw.worker.artifacts import Keeping
 from pjw.worker.changes import Batch, Changes, Watched
-from pjw.worker.disk import DiskSampler, ScratchUse
+from pjw.worker.disk import DiskSampler, TreeUse
 from pjw.worker.egress import Connection, Connections
 from pjw.worker.endings import Endings
 from pjw.worker.gpus import Gpus
@@ -64,6 +64,7 @@ from pjw.worker.launcher_process import LauncherProcess, check_limits, require_r
 from pjw.worker.metrics import Series, WorkerNumbers, count_all
 from pjw.worker.orders import order_size
 from pjw.worker.pages import ALL_JOBS, JobFilter, Page
+from pjw.worker.parts import Parts
 from pjw.worker.queue import Queue
 from pjw.worker.queue_calls import QueueCalls
 from pjw.worker.queue_rows import WaitingJob
@@ -98,7 +99,7 @@ class Offers:
     gpus: int
     mounts: Sequence[str]
     images: Sequence[str]
-    # whether there are names on the network that somebody's jobs may reach
+    # whether there are names on the network that jobs of some client may reach
     names: bool
 
 
@@ -106,9 +107,12 @@ class Worker(QueueCalls):
     """Runs jobs on this machine.
 
     Methods that take an `owner` know only that client's jobs; None is all of them. Those that take an Element
-    know an element of an array by its index, also before it has an id. Close it
-    with `close()`, or use it as an async context manager; jobs go on, and the next worker on
-    the same state directory finds them.
+    know an element of an array by its index, also before it has an id. Close it with `close()`, or use it as
+    an async context manager; jobs go on, and the next worker on the same state directory finds them.
+
+    Every coroutine may raise LauncherGoneError when the launcher has died or the worker was closed,
+    JobTableError when the table of jobs cannot be read or written, and LimitReachedError when the disk is
+    full.
     """
 
     def __init__(self, state: StateDir, launcher: LauncherProcess, settings: WorkerSettings) -> None:
@@ -130,8 +134,19 @@ class Worker(QueueCalls):
         self._running: Final = RunningJobs(settings)
         self._jobs: Final = Jobs(self._running, self._workspaces, self._gpus)
         self._live: Final = self._jobs.live
-        scratch_used: dict[int, ScratchUse] = {}
+        scratch_used: dict[int, TreeUse] = {}
         self._stored: Final = StoredBytes(state, self._live, scratch_used, settings.quotas)
+        self._parts: Final = Parts(
+            state,
+            self._launcher,
+            self._inotify,
+            self._background,
+            self._users,
+            self._jobs,
+            self._stored,
+            LaunchTurns(),
+        )
+        parts = self._parts
         self._inputs: Final = Inputs(self._stored, settings.quotas.input_bytes_max)
         self._tails: Final = asyncio.Lock()
         self._pruner: Final = Pruner(state, settings.retention)
@@ -158,45 +173,24 @@ class Worker(QueueCalls):
         # set when fewer jobs run or are being started than before
         self._fewer: Final = Flag()
         self._endings: Final = Endings(
-            state,
-            self._launcher,
-            self._jobs,
+            parts,
             self._pruner,
             self._sampler,
             self._disk,
             self._stopping,
             self._held,
-            self._background,
             Keeping(state, self._inotify, self._stored),
         )
-        turns = LaunchTurns()
-        self._sessions: Final = Sessions(
-            state,
-            self._launcher,
-            self._inotify,
-            self._live,
-            self._stored,
-            self._inputs,
-            self._users,
-            turns,
-            self._background,
-        )
+        self._sessions: Final = Sessions(parts, self._inputs)
         self._stored.sessions = self._sessions.bytes_of
         self._uploads: Final = Uploads(state, self._stored, self._inputs)
         self._stored.uploads = self._uploads.bytes_of
         self._starts: Final = Starts(
-            state,
-            self._launcher,
-            self._inotify,
-            self._jobs,
+            parts,
             self._running,
-            self._stored,
             self._endings,
             self._stopping,
-            self._users,
             self._images,
-            turns,
-            self._background,
             self._uploads,
             self._gpus,
             self._admission,
@@ -239,19 +233,13 @@ class Worker(QueueCalls):
         return worker
 
     async def adopt(self) -> None:
-        """Take over the jobs of the worker before us. Call it once, before anything else; `open` does."""
+        """Take over the jobs of the worker before us. Call it once, before anything else; `open` does.
+
+        Raises KernelError when the state directory or a job's cgroup cannot be read.
+        """
         if self._settings.network.offered:
             await self.connections.begin(self._launcher)
-        await adopt(
-            self._state,
-            self._launcher,
-            self._inotify,
-            self._jobs,
-            self._endings,
-            self._background,
-            self._gpus,
-            self._settings.network,
-        )
+        await adopt(self._parts, self._endings, self._gpus, self._settings.network)
         await self._workspaces.begin(self._ready.uid_first)
         for job_id, client_name, key in await self._images.begin():
             self._background.spawn(self._give_up_load(job_id, client_name, key))
@@ -319,7 +307,7 @@ class Worker(QueueCalls):
         return self._admission.drained
 
     async def emptied(self) -> None:
-        """Return when no job runs or is being started. Raises LauncherGoneError."""
+        """Return when no job runs or is being started. Raises LauncherGoneError when nobody can tell."""
         while self._live or self._starts.under_way or self._queue.starting:
             self._fewer.clear()
             await self._wait_for(self._fewer)
@@ -347,7 +335,7 @@ class Worker(QueueCalls):
     async def give_shares(self) -> list[str]:
         """Set the share of each client with jobs again; return in words the parts that could not be set.
 
-        One of them may have more processor time (v1), or too much memory is in use.
+        One of them may have more processor time (v1), or too much memory is in use. Raises LauncherGoneError.
         """
         not_set: list[str] = []
         for client_name in self._running.clients():
@@ -366,7 +354,10 @@ class Worker(QueueCalls):
         await self._launcher.request_nothing()
 
     async def numbers(self) -> WorkerNumbers:
-        """Return the counters for monitoring."""
+        """Return the counters for monitoring (docs/monitoring.md).
+
+        Raises only the errors of every coroutine.
+        """
         return await count_all(
             self._state,
             self._live,
@@ -389,7 +380,10 @@ class Worker(QueueCalls):
         return self._ready.uid_first
 
     async def offers(self) -> Offers:
-        """Return the names of the mounts, images and GPUs that the operator offers to jobs here."""
+        """Return the names of the mounts, images and GPUs that the operator offers to jobs here.
+
+        Raises KernelError when the operator's list of images cannot be read.
+        """
         return Offers(
             self._gpus.total,
             tuple(each.name for each in self._settings.mounts),
@@ -424,11 +418,20 @@ class Worker(QueueCalls):
         await self._launcher.request_reload_mounts()
 
     async def open_operator_file(self, place: int) -> int:
-        """Open a file of those named to the launcher at its start, for reading; the caller owns it."""
+        """Open a file of those named to the launcher at its start, for reading; the caller owns it.
+
+        *place* is its number, in the order of the launcher's greeting. Raises KernelError when it cannot be
+        opened, InvalidJobError for a number beyond the last, and ConfigError for a file that is not a regular
+        one, or that another user could change.
+        """
         return await self._launcher.request_open_file(place)
 
     async def open_audit_log(self) -> int:
-        """Open the audit log that the launcher's policy names, for appending; the caller owns it."""
+        """Open the audit log that the launcher's policy names, for appending; the caller owns it.
+
+        Raises KernelError when it cannot be opened, ConfigError when it is not a regular file, and
+        InvalidJobError when the policy names none.
+        """
         return await self._launcher.request_audit_log()
 
     # --- start
@@ -436,12 +439,17 @@ class Worker(QueueCalls):
     async def start(self, spec: JobSpec, client_name: str = LOCAL_CLIENT) -> Job:
         """Start a job; return when its command was executed.
 
-        Its row is on the disk then: not even a power cut makes pjw forget a job that a caller knows of.
-        Raises InvalidJobError, NameTakenError, WorkspaceBusyError, LaunchError (not executable),
-        WorkdirError, LimitReachedError (a quota, no space, no processes) or KernelError; then no job came to
-        be. A caller that is cancelled before the answer gets no job either, unless the spec has a request id,
-        with which it will ask again: that gets the job of the first time. LauncherGoneError may come when the
-        job was started: the next worker knows. A spec with a `queue` is submitted, as by `submit`.
+        Its row is on the disk then: not even a power cut makes pjw forget a job that a caller knows of. A
+        caller that is cancelled before the answer gets no job, unless the spec has a request id, with which
+        it will ask again: that gets the job of the first time. A spec with a `queue` is submitted, as by
+        `submit`.
+
+        Raises LaunchError for a command that is not executable (execve(2)), WorkdirError, InvalidJobError,
+        LimitRangeError for a limit that the operator does not allow, LimitReachedError (a quota, no space, no
+        processes), NameTakenError, WorkspaceBusyError, ImageNotFoundError, MountNotFoundError, MountError,
+        GpuError, CopyError for an upload that is not there or cannot be unpacked, JobStateError for an image
+        that cannot be used or a `link` whose network is in use, or KernelError; then no job came to be.
+        LauncherGoneError may come when the job was started: the next worker knows.
         """
         if spec.queue is not None:
             [job] = await self.submit([spec], client_name)
@@ -489,10 +497,12 @@ class Worker(QueueCalls):
     async def submit(self, specs: Sequence[JobSpec], client_name: str = LOCAL_CLIENT) -> Sequence[Job]:
         """Put jobs into the queue, all or none: each is started when its turn comes, by any worker.
 
-        They are on the disk when this returns. Raises InvalidJobError, NameTakenError, JobNotFoundError (a
-        job to wait for), LimitReachedError (the queue takes no more) or KernelError; then none came to be. A
-        caller that is cancelled before the answer may find them in the queue all the same. A spec with a
-        request id makes one job.
+        They are on the disk when this returns. A caller that is cancelled before the answer may find them in
+        the queue all the same. A spec with a request id makes one job.
+
+        Raises InvalidJobError, LimitRangeError, NameTakenError, JobNotFoundError (a job to wait for),
+        MountNotFoundError, GpuError, CopyError (an upload), LimitReachedError (the queue takes no more) or
+        KernelError; then none came to be.
         """
         for spec in specs:
             self._settings.network.require(client_name, spec.allow)
@@ -530,7 +540,7 @@ class Worker(QueueCalls):
         """Do nothing: the table does not let such a job be admitted."""
 
     async def start_queued(self, waiting: WaitingJob) -> Job:
-        """Start a job of the queue; only the queue calls this, see queue.Backend."""
+        """Start a job of the queue; only the queue calls this, see queue.Backend. Raises as `start`."""
         spec, client_name = waiting.spec(), waiting.job.client_name
         # again, as the operator may have changed the offers
         self._settings.network.require(client_name, spec.allow)
@@ -545,7 +555,7 @@ class Worker(QueueCalls):
         owner: str | None = None,
         signal: int = SIGTERM,
     ) -> Job:
-        """End a job: *signal* (1 to 31) to all its processes, after the grace period SIGKILL.
+        """End a job: *signal* (1 to 31: signal(7)) to all its processes, after the grace period SIGKILL.
 
         Returns the final snapshot when nothing is left of the job but its row and its output; a job that has
         ended already is success. Goes on when the caller is cancelled. Raises JobNotFoundError,
@@ -607,7 +617,8 @@ class Worker(QueueCalls):
     ) -> None:
         """Give the terminal of a job, or of a session of it, another size.
 
-        Raises JobNotFoundError, SessionNotFoundError, and JobStateError where there is no terminal.
+        Its programs get SIGWINCH (ioctl_tty(2)). Raises JobNotFoundError, SessionNotFoundError, KernelError,
+        and JobStateError where there is no terminal.
         """
         if session:
             await self._sessions.resize(self._sessions.find(job_id, session, owner), size)
@@ -627,7 +638,8 @@ class Worker(QueueCalls):
         stderr apart. Of the spec the name, the labels and the limits count for nothing. When no call has
         looked at the session for two minutes it is hung up (SIGHUP, then SIGKILL), unless it is *detached*;
         one that has ended is forgotten then. Raises JobNotFoundError, JobStateError for a job that does not
-        run, LaunchError, WorkdirError, LimitReachedError for too many sessions, and KernelError.
+        run, InvalidJobError, LaunchError (execve(2)), WorkdirError, LimitReachedError for too many sessions,
+        and KernelError.
         """
         live = await self._require_running(job_id, client_name)
         # it begins where the job did, if that has a workspace
@@ -644,7 +656,8 @@ class Worker(QueueCalls):
 
         The archive is its output, or the data written to its input. Its stderr has the files left out ("note:
         " begins the line) and the cause of a failure ("error: "). It is forgotten when it is stopped, also
-        when that is after its end.
+        when that is after its end. Raises JobNotFoundError, JobStateError for a job that does not run,
+        LimitReachedError for too many sessions, and KernelError.
         """
         live = await self._require_running(job_id, client_name)
         spec = JobSpec(
@@ -686,7 +699,8 @@ class Worker(QueueCalls):
     ) -> Sequence[Workspace]:
         """Return the workspaces of one client, or with None of all, by their clients and names.
 
-        No more than *count*, but for -1, from behind the one with this client and name.
+        No more than *count*, but for -1, from behind the one with this client and name. Raises only the
+        errors of every coroutine.
         """
         return await self._workspaces.listed(owner, after, count)
 
@@ -701,13 +715,16 @@ class Worker(QueueCalls):
     # --- images
 
     async def images(self, owner: str | None = LOCAL_CLIENT) -> Sequence[Image]:
-        """Return the images of one client, or with None of all, and the operator's; by clients and names."""
+        """Return the images of one client, or with None of all, and the operator's; by clients and names.
+
+        Raises KernelError when the operator's list cannot be read.
+        """
         return await self._images.listed(owner)
 
     async def remove_image(self, name: str, client_name: str = LOCAL_CLIENT) -> None:
         """Take the name from an image of a client's own; its files go with the last job that has it.
 
-        Raises ImageNotFoundError.
+        Raises ImageNotFoundError when the client has none of this name.
         """
         await self._images.remove(client_name, name)
 
@@ -722,8 +739,8 @@ class Worker(QueueCalls):
         """Make an image of a client's own from an upload, which a job of the client's unpacks.
 
         The one that had the name goes with the last job that has it. A cancelled caller leaves nothing
-        behind. Raises CopyError for an upload that is not there or cannot be unpacked, and the errors of a
-        start.
+        behind. Raises CopyError for an upload that is not there or cannot be unpacked, InvalidJobError for a
+        wrong name, LimitReachedError for too many images, and the errors of `start`.
         """
         spec = JobSpec(
             Archive(".", unpack=True).argv,
@@ -771,7 +788,9 @@ class Worker(QueueCalls):
         Leaving the context is no end: the command waits for the rest, from any writer. Raises
         JobNotFoundError; JobStateError for a job without input or that has ended, also in the middle, or when
         another has begun to write to it; LimitReachedError at a quota of stored bytes. With *session* it is
-        the input of that session of the job.
+        the input of that session of the job, or raises SessionNotFoundError. A write raises OffsetError for
+        an offset, in bytes, that the input has not reached, InvalidJobError for one that it cannot have, and
+        KernelError.
         """
         if session:
             found = self._sessions.find(job_id, session, owner)
@@ -803,7 +822,8 @@ class Worker(QueueCalls):
         """Write an archive of files for the start of a client's job, as `write_input` does.
 
         It goes with the start of the job whose `JobSpec.upload` is its *name*, or a while after it came.
-        Raises InvalidJobError, JobStateError when another has begun to write it, and LimitReachedError.
+        Raises InvalidJobError, JobStateError when another has begun to write it, LimitReachedError,
+        OffsetError as `write_input`, and KernelError.
         """
         async with self._uploads.writer(client_name, name, self._wait_for) as writer:
             yield writer
@@ -838,7 +858,10 @@ class Worker(QueueCalls):
         return live.job if live.job.state.final else replace(live.job, usage_now=sample)
 
     async def list(self, owner: str | None = None, after: int = 0, count: int = PAGE_MAX) -> Sequence[Job]:
-        """Return the jobs behind id *after*, in order of their ids: *count*, or fewer when they are long."""
+        """Return the jobs behind id *after*, in order of their ids: *count*, or fewer when they are long.
+
+        Raises only the errors of every coroutine.
+        """
         return (await self.page(owner, after, count)).jobs
 
     async def page(
@@ -850,7 +873,10 @@ class Worker(QueueCalls):
         *,
         newest_first: bool = False,
     ) -> Page:
-        """Return jobs behind id *after* that fit: at most *count*, perhaps none though a next page exists."""
+        """Return jobs behind id *after* that fit: at most *count*, perhaps none though a next page exists.
+
+        Raises only the errors of every coroutine.
+        """
         page = await self._state.store.page(owner, after, count, wanted, newest_first=newest_first)
         jobs = [self._shown(job) for job in page.jobs]
         if wanted.states:
@@ -858,7 +884,10 @@ class Worker(QueueCalls):
         return Page(jobs, page.next_after)
 
     async def ended(self, job_id: int) -> bool:
-        """Return when a job has ended; only the queue calls this, see queue.Backend."""
+        """Return when a job has ended; only the queue calls this, see queue.Backend.
+
+        Raises JobNotFoundError.
+        """
         await self._wait_for_end(job_id, None, or_stuck=False)
         return False
 
@@ -872,7 +901,7 @@ class Worker(QueueCalls):
     async def usage_history(self, job_id: int, owner: str | None = None) -> tuple[Job, Sequence[UsageSample]]:
         """Return a job, and its usage at moments of its life: SAMPLES_MAX at most, and its end.
 
-        Raises JobNotFoundError.
+        Raises JobNotFoundError, and KernelError when its samples cannot be read.
         """
         job = await self.get(job_id, owner)
         return job, with_end(await self._state.in_thread(self._state.read_usage, job_id), job)
@@ -883,12 +912,15 @@ class Worker(QueueCalls):
         """Return the unfinished jobs, and the usage of each, measured at most *fresh_seconds* ago.
 
         Where that takes longer than *within_seconds*, as with thousands of jobs, some samples are older, or
-        not there yet.
+        not there yet. Raises KernelError when cgroups (cgroups(7)) cannot be read.
         """
         return await self._sampler.now(owner, fresh_seconds, within_seconds)
 
     async def queued_now(self, owner: str | None = None, most: int = PAGE_MAX) -> tuple[int, Sequence[Job]]:
-        """Return the number of jobs in the queue, and the oldest of those that wait there."""
+        """Return the number of jobs in the queue, and the oldest of those that wait there.
+
+        Raises only the errors of every coroutine.
+        """
         by_client = await self._state.store.queued_of_clients()
         count = sum(by_client.values()) if owner is None else by_client.get(owner, 0)
         if not count:
@@ -914,7 +946,10 @@ class Worker(QueueCalls):
         return self._changes.watch(owner, watched, since, snapshot=snapshot, follow=follow)
 
     async def quota(self, client_name: str = LOCAL_CLIENT) -> ClientQuota:
-        """Return the limits, use and share of a client. Raises KernelError."""
+        """Return the limits, use and share of a client.
+
+        Raises KernelError when its use cannot be measured.
+        """
         settings, running = self._settings, self._running
         count, promised = running.of(client_name)
         # a client without jobs need not have a user id
@@ -953,7 +988,8 @@ class Worker(QueueCalls):
     ) -> AsyncGenerator[bytes, None]:
         """Yield a part of a job's output, as it comes; end when the job has ended.
 
-        Raises the errors of `read_logs` and of a Reading.
+        Raises the errors of `read_logs`; OffsetError for an offset, in bytes, beyond the end, and
+        OutputLostError after the last byte of an output that the host lost.
         """
         reading = await self.read_logs(job_id, part, owner)
         async with aclosing(reading.chunks()) as chunks:
@@ -965,8 +1001,10 @@ class Worker(QueueCalls):
     ) -> Reading:
         """Return a part of a job's output that is about to be read: where it begins is known.
 
-        Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart, and for an array. Of
-        artifacts, JobStateError before the end, and CopyError when there are none.
+        Raises JobNotFoundError, and JobStateError for a stderr that is not kept apart, for an array, and for
+        a time to begin at when the job's output has no times; with a session, SessionNotFoundError. Of
+        artifacts, JobStateError before the end, and CopyError when there are none. KernelError when a file
+        cannot be read.
         """
         if part.artifacts:
             job = await self.get(job_id, owner)

@@ -65,7 +65,7 @@ def name(db: sqlite3.Connection, client_name: str, workspace: str, now_ns: int, 
     (count,) = db.execute(
         f"SELECT count(*) FROM workspaces WHERE client_name = ? AND {_NAMED}", (client_name,)
     ).fetchone()
-    # images have a number of their own
+    # images have their own number
     if quotas.workspaces_max and count >= quotas.workspaces_max and not is_image_key(workspace):
         raise LimitReachedError(
             f"cannot make the workspace {workspace}: {client_name} has {count} workspaces,"

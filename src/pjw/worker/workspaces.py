@@ -25,11 +25,11 @@ from pjw.errors import (
 )
 from pjw.model import Job, JobSpec, Workspace
 from pjw.worker import workspace_rows
-from pjw.worker.disk import COUNT_SECONDS, ScratchUse, read_all
+from pjw.worker.disk import COUNT_SECONDS, TreeUse, read_all
 from pjw.worker.launcher_client import LauncherClient
 from pjw.worker.settings import WorkerSettings
 from pjw.worker.store import JobStore, Users
-from pjw.worker.tasks import Background
+from pjw.worker.tasks import Background, log_bug
 
 # a process of the launcher's counts for 20 s
 _ANSWER_SECONDS: Final = 60
@@ -50,7 +50,7 @@ log: Final = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Use:
+class JobInWorkspace:
     """A job in a workspace; `job_id` is None until it has one."""
 
     key: _Key
@@ -74,13 +74,13 @@ class Workspaces:
         self._users: Final = users
         self._settings = settings
         self._background: Final = background
-        self._uses: Final[dict[_Key, list[Use]]] = {}
-        self._of_job: Final[dict[int, Use]] = {}
+        self._uses: Final[dict[_Key, list[JobInWorkspace]]] = {}
+        self._of_job: Final[dict[int, JobInWorkspace]] = {}
         self._removing: Final[dict[_Key, asyncio.Future[None]]] = {}
         # the workspaces to count, in this order
         self._to_count: Final[dict[_Key, None]] = {}
         # the last regular count of each that is in use: growing() measures from there on
-        self._had: Final[dict[_Key, ScratchUse]] = {}
+        self._had: Final[dict[_Key, TreeUse]] = {}
         self._due: Final = asyncio.Event()
         # called with the client's name when a job has left a workspace, or one is gone
         self.freed: Final[list[Callable[[str], None]]] = []
@@ -98,7 +98,7 @@ class Workspaces:
 
     # --- use by jobs
 
-    async def take(self, client_name: str, spec: JobSpec) -> Use | None:
+    async def take(self, client_name: str, spec: JobSpec) -> JobInWorkspace | None:
         """Count a job to be started as a user of its workspace, which is made; return None without one.
 
         Raises WorkspaceBusyError, and LimitReachedError for too many workspaces, or too much in them.
@@ -107,7 +107,7 @@ class Workspaces:
             return None
         key = (client_name, spec.workspace)
         self._require_free(key, exclusive=spec.exclusive)
-        use = Use(key, spec.exclusive)
+        use = JobInWorkspace(key, spec.exclusive)
         # before the first await: of a start and a removal that come at once one sees the other
         if not self._uses:
             # the workspaces in use are counted from time to time
@@ -115,7 +115,7 @@ class Workspaces:
         self._uses.setdefault(key, []).append(use)
         try:
             quotas = self._settings.quotas
-            await self._store.of_workspaces(workspace_rows.name, *key, time.time_ns(), quotas)
+            await self._store.transact(workspace_rows.name, *key, time.time_ns(), quotas)
         except BaseException:
             self.give_back(use)
             raise
@@ -138,7 +138,7 @@ class Workspaces:
             holder=holder,
         )
 
-    def begun(self, use: Use | None, job_id: int) -> None:
+    def begun(self, use: JobInWorkspace | None, job_id: int) -> None:
         """Note the id of the job of a use, which it has from now on."""
         if use is not None:
             use.job_id = job_id
@@ -147,11 +147,11 @@ class Workspaces:
     def adopt(self, job: Job) -> None:
         """Count a job that runs already."""
         if job.workspace:
-            use = Use((job.client_name, job.workspace), job.exclusive)
+            use = JobInWorkspace((job.client_name, job.workspace), job.exclusive)
             self._uses.setdefault(use.key, []).append(use)
             self.begun(use, job.id)
 
-    def give_back(self, use: Use | None) -> None:
+    def give_back(self, use: JobInWorkspace | None) -> None:
         """End the use of a job that was not started."""
         if use is None:
             return
@@ -200,7 +200,7 @@ class Workspaces:
 
     async def listed(self, owner: str | None, after: _Key, count: int) -> Sequence[Workspace]:
         """Return the workspaces as workspace_rows.listed does."""
-        return await self._store.of_workspaces(workspace_rows.listed, owner, after, count)
+        return await self._store.transact(workspace_rows.listed, owner, after, count)
 
     # --- removal
 
@@ -226,18 +226,17 @@ class Workspaces:
 
     def _removal_over(self, key: _Key, task: asyncio.Future[None]) -> None:
         del self._removing[key]
-        # the caller may have gone, and then the result is never looked at
-        if not task.cancelled():
-            task.exception()
+        # the caller may have gone, and does not look at the result then
+        log_bug(task)
         self._tell_freed(key[0])
         self._tell_counted()
 
     async def _remove(self, client_name: str, name: str) -> None:
-        await self._store.of_workspaces(workspace_rows.begin_removal, client_name, name)
+        await self._store.transact(workspace_rows.begin_removal, client_name, name)
         # before the first file: a power cut must not bring a workspace back of which a part is gone
         await self._store.sync()
         await self._launcher.request_remove_workspace(await self._users.of(client_name), name)
-        await self._store.of_workspaces(workspace_rows.gone, client_name, name)
+        await self._store.transact(workspace_rows.gone, client_name, name)
 
     async def over(self) -> None:
         """Wait until no removal is under way; those of a launcher that has gone are the next worker's."""
@@ -249,7 +248,7 @@ class Workspaces:
         The table may be gone, or an older one may have come back. The files of such a directory must never
         become another client's, so its removal has begun when this returns, and the launcher lets no job in.
         """
-        known = await self._store.of_workspaces(workspace_rows.known)
+        known = await self._store.transact(workspace_rows.known)
         for client_name, _, name, is_removing in known:
             if is_removing:
                 self._background.spawn(self._remove_or_log(client_name, name))
@@ -317,12 +316,12 @@ class Workspaces:
             # next time
             self._to_count[key] = None
 
-    async def _count(self, key: _Key) -> ScratchUse | None:
+    async def _count(self, key: _Key) -> TreeUse | None:
         """Count a workspace, and tell the table. None when it cannot be counted."""
         if key in self._removing:
             return None
         if key not in self._uses:
-            await self._store.of_workspaces(workspace_rows.used, *key, time.time_ns())
+            await self._store.transact(workspace_rows.used, *key, time.time_ns())
         try:
             words = await self._launcher.request_workspace_use(await self._users.of(key[0]), key[1])
         except JobStateError:
@@ -337,11 +336,11 @@ class Workspaces:
             return None
         finally:
             os.close(words)
-        had = await self._store.of_workspaces(workspace_rows.counted, *key, size, inodes)
+        had = await self._store.transact(workspace_rows.counted, *key, size, inodes)
         if key in self._uses:
-            self._had.setdefault(key, ScratchUse(*had))
+            self._had.setdefault(key, TreeUse(*had))
         self._tell_counted()
-        return ScratchUse(size, inodes)
+        return TreeUse(size, inodes)
 
     async def growing(self, what: str, least: int, beyond: int, jobs: Container[int]) -> int | None:
         """Return the newest of these jobs in the workspace that fills a file system (bytes or inodes).
@@ -350,7 +349,7 @@ class Workspaces:
         whose workspaces have grown by *least*. None when there is no such client, or it has no more than
         *beyond*.
         """
-        now: dict[_Key, ScratchUse] = {}
+        now: dict[_Key, TreeUse] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(_GROWING_SECONDS):
                 # in any order: those that take long keep no other from being counted at the next look
@@ -384,14 +383,14 @@ class Workspaces:
         if not age:
             return None
         before_ns = time.time_ns() - age * 1_000_000_000
-        for client_name, name in await self._store.of_workspaces(workspace_rows.unused, before_ns, _BATCH):
+        for client_name, name in await self._store.transact(workspace_rows.unused, before_ns, _BATCH):
             log.info(
                 "removing the workspace %s of %s: it is unused for longer than is kept", name, client_name
             )
             # since we looked, a job has named it, or its client has removed it
             with suppress(WorkspaceBusyError, WorkspaceNotFoundError):
                 await self.remove(client_name, name)
-        first_ns = await self._store.of_workspaces(workspace_rows.first_unused_ns)
+        first_ns = await self._store.transact(workspace_rows.first_unused_ns)
         if first_ns is None:
             return None
         # A second late rather than an instant early; and a clock that was set is noticed in a day.

@@ -142,12 +142,12 @@ def describe_host() -> HostDescription:
     return _describe(interface_files.read_mounts())
 
 
-def _describe(mounts: Sequence[interface_files.Mount]) -> HostDescription:
+def _describe(mounts: Sequence[interface_files.CgroupMount]) -> HostDescription:
     # The one that lacks least: a controller is with either v1 or v2, never with both.
     return min((_describe_v2(mounts), _describe_v1(mounts)), key=lambda host: len(host.missing))
 
 
-def _describe_v2(mounts: Sequence[interface_files.Mount]) -> HostDescription:
+def _describe_v2(mounts: Sequence[interface_files.CgroupMount]) -> HostDescription:
     # A mount from outside of our cgroup namespace has a root of `/..`; the last one mounted
     # hides others at its place.
     visible = [mount for mount in mounts if mount.fs_type == "cgroup2" and not mount.root.startswith("/..")]
@@ -162,7 +162,7 @@ def _describe_v2(mounts: Sequence[interface_files.Mount]) -> HostDescription:
     return _compare(2, base, wanted, there, hint)
 
 
-def _describe_v1(mounts: Sequence[interface_files.Mount]) -> HostDescription:
+def _describe_v1(mounts: Sequence[interface_files.CgroupMount]) -> HostDescription:
     points = v1.mounted_controllers(mounts)
     hint = "mount each: mount -t cgroup -o CONTROLLER none /sys/fs/cgroup/CONTROLLER; or boot with cgroup v2"
     location = points.get("memory", "")

@@ -85,7 +85,7 @@ def btrfs_members(device: str, sysfs: str = "/sys") -> list[str]:
     return [device]
 
 
-def _mount_of(path: str) -> interface_files.Mount:
+def _mount_of(path: str) -> interface_files.CgroupMount:
     # Ask the kernel which mount it is: st_dev is not the mount's for a btrfs subvolume, and
     # the longest matching mount point may be hidden under another mount.
     descriptor = os.open(path, os.O_PATH)

@@ -34,7 +34,7 @@ IOPS_MAX: Final = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Mount:
+class CgroupMount:
     """One line of /proc/self/mountinfo."""
 
     id: int
@@ -48,7 +48,7 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Top:
+class TopDirectory:
     """A directory above cgroups: its path, and a descriptor of it.
 
     Paths are looked up from the descriptor: a lookup from the root takes the kernel longer than the write.
@@ -64,23 +64,23 @@ class Top:
 
 
 # for absolute paths
-ROOT: Final = Top("/", None)
+ROOT: Final = TopDirectory("/", None)
 
 
-def open_top(path: str) -> Top:
+def open_top(path: str) -> TopDirectory:
     """Open a directory as a top. The caller closes it. Raises KernelError."""
     try:
-        return Top(path, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        return TopDirectory(path, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
         raise KernelError("open", path, error.errno or errno.EIO) from error
 
 
-def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
+def read_mounts(path: str = "/proc/self/mountinfo") -> list[CgroupMount]:
     """Return every mount that this process sees, in the kernel's order."""
     return parse_mounts(read_text(path, path))
 
 
-def parse_mounts(table: str) -> list[Mount]:
+def parse_mounts(table: str) -> list[CgroupMount]:
     """Return every mount of a table, in its order (proc_pid_mountinfo(5))."""
     mounts = []
     # not splitlines(): the kernel escapes newlines, and no other character that ends a line for Python
@@ -89,7 +89,7 @@ def parse_mounts(table: str) -> list[Mount]:
         mount_id, _parent, device, root, point, options, *_propagation = left.split(" ")
         fs_type, source, super_options = right.split(" ")[:3]
         mounts.append(
-            Mount(
+            CgroupMount(
                 id=int(mount_id),
                 device=device,
                 root=_unescape(root),
@@ -109,7 +109,7 @@ def _unescape(field: str) -> str:
     return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
 
 
-def read_text(path: str, subject: str, top: Top = ROOT) -> str:
+def read_text(path: str, subject: str, top: TopDirectory = ROOT) -> str:
     """Read the whole of a small file of the kernel, below *top*; *subject* is its name in errors."""
     # not open(): its buffers and its look at the file are five more system calls
     try:
@@ -122,7 +122,7 @@ def read_text(path: str, subject: str, top: Top = ROOT) -> str:
         raise KernelError("read", subject, error.errno or errno.EIO) from error
 
 
-def read_number(path: str, subject: str, top: Top = ROOT) -> int:
+def read_number(path: str, subject: str, top: TopDirectory = ROOT) -> int:
     """Read the number in a file of the kernel that holds nothing else, by a single read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
@@ -134,7 +134,7 @@ def read_number(path: str, subject: str, top: Top = ROOT) -> int:
         raise KernelError("read", subject, error.errno or errno.EIO) from error
 
 
-def write_text(path: str, value: str, subject: str, top: Top = ROOT) -> None:
+def write_text(path: str, value: str, subject: str, top: TopDirectory = ROOT) -> None:
     """Write *value* with one write(2), as kernel files want it; never create the file."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=top.descriptor)
@@ -233,7 +233,7 @@ def it_exists(subject: str) -> JobStateError:
     return JobStateError(f"cannot create the cgroup of {subject}: it exists")
 
 
-def make_cgroup(place: str, subject: str, top: Top) -> None:
+def make_cgroup(place: str, subject: str, top: TopDirectory) -> None:
     """Make a cgroup's directory below *top*. JobStateError when it is there."""
     try:
         os.mkdir(place, 0o755, dir_fd=top.descriptor)
@@ -244,7 +244,7 @@ def make_cgroup(place: str, subject: str, top: Top) -> None:
         raise KernelError("make cgroup", f"{directory} of {subject}", error.errno or errno.EIO) from error
 
 
-def try_rmdir(place: str, subject: str, top: Top) -> bool:
+def try_rmdir(place: str, subject: str, top: TopDirectory) -> bool:
     """Remove a cgroup's directory below *top*, unless something is in it: then false."""
     try:
         os.rmdir(place, dir_fd=top.descriptor)
@@ -281,7 +281,7 @@ def _kill(pidfd: int) -> None:
 
 
 @contextmanager
-def opened(paths: Iterable[tuple[Top, str]], flags: int, subject: str) -> Iterator[list[int]]:
+def opened(paths: Iterable[tuple[TopDirectory, str]], flags: int, subject: str) -> Iterator[list[int]]:
     """Open *paths*, each below its top; close them at the end."""
     descriptors: list[int] = []
     try:

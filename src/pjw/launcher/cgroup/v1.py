@@ -24,7 +24,7 @@ _SHARES_MAX: Final = 262_144
 _SHARES_DEFAULT: Final = 1024
 
 
-def mounted_controllers(mounts: Sequence[interface_files.Mount]) -> dict[str, str]:
+def mounted_controllers(mounts: Sequence[interface_files.CgroupMount]) -> dict[str, str]:
     """Return the mount point of each controller; two may share one, as cpu and cpuacct often do."""
     points: dict[str, str] = {}
     v1_mounts = [mount for mount in mounts if mount.fs_type == "cgroup"]
@@ -80,7 +80,7 @@ class V1Hierarchy:
         subject = f"job {job_id}"
         new_client = uid not in self._places
         place = self._places.add(job_id, uid)
-        made: list[interface_files.Top] = []
+        made: list[interface_files.TopDirectory] = []
         try:
             if new_client:
                 self._make_client(uid)
@@ -251,7 +251,7 @@ class V1Cgroup:
     def __init__(
         self,
         job_id: int,
-        tops: Mapping[str, interface_files.Top],
+        tops: Mapping[str, interface_files.TopDirectory],
         place: str,
         on_removed: Callable[[], None],
         throttled: Sequence[str],

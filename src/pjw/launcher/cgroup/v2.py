@@ -22,7 +22,7 @@ IO_LIMITS: Final = "io.max"
 SUPERVISOR: Final = "supervisor"
 
 
-def find_base(mount: interface_files.Mount) -> str:
+def find_base(mount: interface_files.CgroupMount) -> str:
     """Return the top of our subtree: the root of the mount, or a cgroup delegated to us.
 
     Delegation counts only when systemd itself starts us in the leaf (DelegateSubgroup=supervisor). With
@@ -288,7 +288,7 @@ class V2Cgroup:
         job_id: int,
         place: str,
         on_removed: Callable[[], None] = lambda: None,
-        top: interface_files.Top = interface_files.ROOT,
+        top: interface_files.TopDirectory = interface_files.ROOT,
         throttled: Sequence[str] = (),
         disks: Sequence[str] = (),
     ) -> None:
