@@ -49,10 +49,7 @@ def texts_kept_by(thing: object) -> set[str]:
 
 def watches(path: Path) -> int:
     """How often this process watches a file by inotify(7)."""
-    status, found = path.stat(), 0
-    # the kernel writes a device as it has it: the major number above 20 bits
-    device = os.major(status.st_dev) << 20 | os.minor(status.st_dev)
-    wanted = f" ino:{status.st_ino:x} sdev:{device:x} "
+    wanted, found = f"ino:{path.stat().st_ino:x} ", 0
     for number in os.listdir("/proc/self/fdinfo"):
         with suppress(FileNotFoundError):
             lines = Path(f"/proc/self/fdinfo/{number}").read_text().splitlines()
