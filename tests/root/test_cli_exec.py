@@ -18,7 +18,7 @@ import pjw
 from pjw import errors
 from pjw.model import ExitStatus, JobSpec
 from tests.root.test_cli_stdin import piped
-from tests.support import changes
+from tests.support import pjwd_with
 from tests.support.service import BIN, Service, wait_for
 from tests.support.worker_harness import status_words
 
@@ -288,7 +288,7 @@ def test_the_session_of_a_killed_client_is_hung_up(
     """By SIGHUP after the lease, and not before; a detached one and the job go on."""
     lease_seconds = 2
     service = make_service()
-    service.change = changes.short_leases
+    service.change = pjwd_with.short_leases
     service.start()
     job = service.ok("start", "sleep", "600").strip()
     service.ok("exec", "-d", job, "echo $$ >detached; exec sleep 600")
@@ -322,7 +322,7 @@ def test_it_never_ends_with_0_without_a_record(
 ) -> None:
     """Its command ends well, and whoever should have written that down was killed before: 125, and why."""
     service = make_service()
-    service.change = changes.no_wait_for_job_ends
+    service.change = pjwd_with.no_wait_for_job_ends
     service.start()
     job = service.ok("start", "mkfifo go; sleep 600").strip()
     client = in_background(service, "exec", job, "echo here; read line <go; exit 0")

@@ -14,7 +14,7 @@ import pytest
 
 from pjw.model import JobSpec
 from pjw.v1 import job_worker_pb2 as pb
-from tests.support import changes
+from tests.support import pjwd_with
 from tests.support.cluster import Cluster
 from tests.support.service import CALL_SECONDS, wait_for
 
@@ -38,7 +38,7 @@ def made(archive: Path) -> Iterator[Cluster]:
         gateway_config='[metrics]\nlisten = "127.0.0.1:0"\n',
         node_config="[retention]\njobs_per_client = 2\n",
         gateway_keys=f'archive = "{archive}"\nchoose_node = ["al*"]\n',
-        gateway_change=changes.archive_again_soon,
+        gateway_change=pjwd_with.archive_again_soon,
     )
     try:
         yield cluster

@@ -13,20 +13,20 @@ import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.worker.store import JobStore
-from tests.support import changes
+from tests.support import pjwd_with
 from tests.support.service import CALL_SECONDS, Service
 from tests.support.worker_harness import open_bench, start
 
 # each a bug, put into a running pjwd: where it is, and what brings it out
 CHANGES: Final = {
-    "removal of ended jobs": changes.bug_in_pruning,
-    "samples of running jobs": changes.bug_in_sampling,
-    "reloads": changes.bug_in_reloading,
-    "taking calls": changes.bug_in_taking_calls,
-    "taking calls, of one method": changes.bug_in_taking_lists,
-    "pjw-grpc-log": changes.bug_in_grpcs_log,
-    "pjw-audit": changes.bug_in_the_audit_log,
-    "pjw-metrics": changes.bug_in_metrics,
+    "removal of ended jobs": pjwd_with.bug_in_pruning,
+    "samples of running jobs": pjwd_with.bug_in_sampling,
+    "reloads": pjwd_with.bug_in_reloading,
+    "taking calls": pjwd_with.bug_in_taking_calls,
+    "taking calls, of one method": pjwd_with.bug_in_taking_lists,
+    "pjw-grpc-log": pjwd_with.bug_in_grpcs_log,
+    "pjw-audit": pjwd_with.bug_in_the_audit_log,
+    "pjw-metrics": pjwd_with.bug_in_metrics,
 }
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from pjw.client.aio import AsyncClient
 from pjw.v1 import job_worker_pb2 as pb
-from tests.support import changes, http2
+from tests.support import http2, pjwd_with
 from tests.support.service import Service, wait_for
 
 ATTACKER: Final = "mallory"
@@ -95,7 +95,7 @@ def test_a_connection_that_shows_no_certificate_is_closed(make_service: Callable
 def test_connections_leave_descriptors_for_starts(make_service: Callable[..., Service]) -> None:
     """S4: where a process may have few, connections do not take them all, and nothing of it is logged raw."""
     service = make_service(config="[port]\nunproven_max = 4000\nunproven_per_address_max = 4000\n")
-    service.change = changes.few_descriptors
+    service.change = pjwd_with.few_descriptors
     service.start()
     with service.stub("alice") as stub:
         stub.List(pb.ListRequest())

@@ -21,7 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from pjw.certs import authority
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.support import certs_factory, changes
+from tests.support import certs_factory, pjwd_with
 from tests.support.service import BIN, Service, wait_for
 from tests.support.worker_harness import ASK
 
@@ -367,7 +367,7 @@ UNTIL_END: Final = "until [ -e end ]; do sleep 0.05; done; exit 3"
 def test_followers_and_jobs_live_through_restarts(make_service: Callable[..., Service]) -> None:
     """A server ended, then killed, in mid-stream: `pjw logs` goes on at the exact byte, and so do jobs."""
     service = make_service()
-    service.change = changes.drain_for_long
+    service.change = pjwd_with.drain_for_long
     service.start()
     numbered, silent = service.start_job(NUMBERED), service.start_job(UNTIL_END)
     late = service.start_job("sleep 300")
@@ -434,7 +434,7 @@ def test_sigterm_drains_with_followers_and_stops_connected(
 ) -> None:
     """20 followers and a stop under way do not hold the end up; it is an end with 0, and jobs go on."""
     service = make_service(clients=["alice"])
-    service.change = changes.drain_for_long
+    service.change = pjwd_with.drain_for_long
     service.start()
     job_id = service.start_job("trap '' TERM; echo ready; while :; do sleep 1; done")
     with service.stub() as stub:

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from pjw.v1 import job_worker_pb2 as pb
-from tests.support import changes
+from tests.support import pjwd_with
 from tests.support.service import CALL_SECONDS, Service, ask, wait_for
 from tests.support.worker_harness import ASK
 
@@ -298,7 +298,7 @@ def test_output_is_not_kept_in_memory(make_service: Callable[..., Service]) -> N
 def test_a_reader_that_is_let_go_of_sees_no_clean_end(tmp_path: Path) -> None:
     """Who reads nothing for too long is cut off with an error, never with an end that looks whole."""
     service = Service(tmp_path, clients=["alice"])
-    service.change = changes.drop_stalled_readers
+    service.change = pjwd_with.drop_stalled_readers
     service.start()
     try:
         size = 64 * MIB

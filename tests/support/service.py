@@ -30,7 +30,7 @@ from pjw.launcher.policy import instance_name
 from pjw.launcher.processes import status_of
 from pjw.v1 import job_worker_pb2 as pb
 from pjw.v1.job_worker_pb2_grpc import JobWorkerServiceStub
-from tests.support import changes
+from tests.support import pjwd_with
 
 BIN: Final = Path(sys.executable).parent
 START_SECONDS: Final = 60
@@ -45,7 +45,7 @@ METHODS: Final = [
 class Service:
     """pjwd in a directory: `certs/` (ca, server, and a client for each name), `state/`, `pjwd.log`."""
 
-    # what is changed in the server before it starts: a function of tests/support/changes.py
+    # what is changed in the server before it starts: a function of tests/support/pjwd_with.py
     change: Callable[[], None] | None = None
     # the program that is started
     pjwd = BIN / "pjwd"
@@ -87,7 +87,7 @@ class Service:
         measured = os.path.dirname(os.environ.get("COVERAGE_FILE", ""))
         if self.change is not None or measured:
             name = self.change.__name__ if self.change is not None else ""
-            command[:1] = [sys.executable, "-P", str(Path(changes.__file__)), name, measured]
+            command[:1] = [sys.executable, "-P", str(Path(pjwd_with.__file__)), name, measured]
         return [*command, *extra]
 
     def start(self, *extra: str, env: dict[str, str] | None = None) -> Self:
