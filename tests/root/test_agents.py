@@ -358,7 +358,7 @@ def test_a_killed_agent(service: Service, tmp_path: Path) -> None:
 def test_at_a_terminal(service: Service) -> None:
     """A person is told what it is for."""
     assert service.at_terminal("mcp", columns=200).splitlines() == [
-        "pjw: error: cannot serve agents: stdin is no pipe; the program of the agent starts this command",
+        "pjw: error: cannot serve agents: stdin is not a pipe; the program of the agent starts this command",
         "hint: for Claude Code: claude mcp add pjw -- pjw mcp",
     ]
 

@@ -163,7 +163,7 @@ def test_as_somebody_types_it(make_service: Callable[..., Service], tmp_path: Pa
     assert VALUE not in service.log.read_text()
     for options, words in (
         (["--secret", "NOT_SET"], "--secret: the variable NOT_SET is not set here"),
-        (["--secret", f"{VALUE}=x"], "--secret: that is no environment variable"),
+        (["--secret", f"{VALUE}=x"], "--secret: that is not the name of an environment variable"),
         (["--env", "A=1", "--secret", "A=2"], "A is given both as a variable and as a secret"),
         (["--secret-file", "/nonexistent"], "cannot read --secret-file /nonexistent"),
     ):
@@ -172,7 +172,11 @@ def test_as_somebody_types_it(make_service: Callable[..., Service], tmp_path: Pa
         assert VALUE not in said
     file.write_text(f"TOKEN=x\n{VALUE}\n")
     code, said = service.refused("start", "--secret-file", str(file), "true")
-    assert (code, f"{file}, line 2: that is no environment variable" in said, VALUE in said) == (
+    assert (
+        code,
+        f"{file}, line 2: that is not the name of an environment variable" in said,
+        VALUE in said,
+    ) == (
         1,
         True,
         False,

@@ -161,7 +161,7 @@ def test_contexts_are_listed_chosen_shown_and_removed(user: User) -> None:
     assert "client:       bob" in user.ok("context", "show")
     assert "client:       alice" in user.ok("context", "show", "prod")
     assert "client:       alice" in user.ok("context", "show", PJW_CONTEXT="prod")
-    assert "PJW_CONTEXT=prod stands before it" in user.run("context", "use", "lab", PJW_CONTEXT="prod").stderr
+    assert "PJW_CONTEXT=prod takes precedence" in user.run("context", "use", "lab", PJW_CONTEXT="prod").stderr
     assert user.ok("context", "rm", "lab") == "lab\n"
     assert user.ok("context", "list") == "prod\n"
     assert "lab" not in user.config.read_text()

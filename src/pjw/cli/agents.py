@@ -113,7 +113,7 @@ class _Tools:
         if in_job:
             if name or cpus or memory or timeout:
                 return _failure(
-                    "name, cpus, memory and timeout are of a new job", "leave them out with in_job"
+                    "name, cpus, memory and timeout apply only to a new job", "leave them out with in_job"
                 )
             work = self._jobs.run_inside(in_job, asked, seconds=wait_seconds, bytes_max=max_bytes)
         else:
@@ -203,7 +203,7 @@ def serve(arguments: Namespace) -> None:
     """Serve until stdin ends. Raises ConfigError."""
     if sys.stdin is None or sys.stdin.isatty():
         raise ConfigError(
-            "cannot serve agents: stdin is no pipe; the program of the agent starts this command",
+            "cannot serve agents: stdin is not a pipe; the program of the agent starts this command",
             hint="for Claude Code: claude mcp add pjw -- pjw mcp",
         )
     # before the package sets up its own way, on stderr as well

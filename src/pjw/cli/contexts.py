@@ -176,7 +176,7 @@ def context_names() -> Sequence[str]:
 def _tell_current(name: str) -> None:
     print(f"{name} is the current context", file=sys.stderr)
     if (other := os.environ.get("PJW_CONTEXT")) and other != name:
-        print(f"pjw: warning: PJW_CONTEXT={printable(other)} stands before it", file=sys.stderr)
+        print(f"pjw: warning: PJW_CONTEXT={printable(other)} takes precedence", file=sys.stderr)
 
 
 def _refuse_what_cannot_connect(bundle: str, paths: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ class Interactive:
         except JobStateError as error:
             # the command has ended, or else another terminal has taken over
             if not self._shown.wait(_ENDS_SECONDS):
-                self._tell(f"{error}; what you type here is not heard any more")
+                self._tell(f"{error}; nothing reads what you type here any more")
 
     def _pieces(self) -> Iterator[bytes]:
         while True:

@@ -39,7 +39,7 @@ class Command(NamedTuple):
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
     description: str | None = None
     usage: str | None = None
-    # whether it makes something of the user's own, so that --all makes no sense
+    # whether the command is only for the user's own, so that --all makes no sense
     starts: bool = False
     actions: "tuple[Command, ...]" = ()
 
@@ -52,7 +52,7 @@ COMMANDS: Final = (
         options.for_run,
         usage="pjw run [OPTION]... CMD | pjw run [OPTION]... [--] PROGRAM ARG...",
         description="Start a job, show its output, and exit with its exit code (128+n for signal n). Ctrl-C"
-        " stops the job, a second one kills it, a third one leaves it to itself. A lost connection is made"
+        " stops the job, a second one kills it, a third one leaves it to itself. pjw makes a lost connection"
         " again. One argument is a shell command, run by /bin/sh -c; several are a program with arguments.",
         starts=True,
     ),
@@ -68,11 +68,11 @@ COMMANDS: Final = (
     ),
     Command(
         "exec",
-        "run another command in a job that runs, and exit as it does",
+        "run another command in a running job, and exit as it does",
         "execute.execute",
         options.for_exec,
         usage="pjw exec [OPTION]... JOB CMD | pjw exec [OPTION]... JOB [--] PROGRAM ARG...",
-        description="Run another command in a job that runs: as its user, with its files, its network and its"
+        description="Run another command in a running job: as its user, with its files, its network and its"
         " limits. Show its output, and exit with its exit code (128+n for signal n). Ctrl-C hangs it up, a"
         " second one leaves it to itself. One argument is a shell command, several are a program with"
         " arguments.",
@@ -83,17 +83,17 @@ COMMANDS: Final = (
         "come back to the terminal of a job or of a session",
         "interactive.attach",
         options.for_attach,
-        description="Be the terminal of a job that was started with -it, or of a session (JOB/NUMBER): show"
-        " its last lines, and type into it. The terminal that did so before is detached.",
+        description="Connect this terminal to a job that was started with -it, or to a session (JOB/NUMBER):"
+        " show its last lines, and type into it. A terminal that was connected before is detached.",
         starts=True,
     ),
     Command(
         "forward",
-        "let a port of this machine lead to one within a job",
+        "forward a port of this machine to one within a job",
         "forward.forward",
         options.for_forward,
         description="Listen on a port of this machine (127.0.0.1), and carry each connection to a TCP port"
-        " within a job that runs, until the job ends, or pjw does.",
+        " within a running job, until the job ends, or pjw does.",
         starts=True,
     ),
     Command(
@@ -101,8 +101,8 @@ COMMANDS: Final = (
         "list your jobs: their ids, or a table at a terminal",
         "commands.list_jobs",
         options.for_list,
-        description="List your jobs, in the order of their ids. A template is a line for each job, with"
-        " names of the JSON in braces: template:'{id} {state} {labels.team} {duration:>9}'.",
+        description="List your jobs, in the order of their ids. A template makes a line of each job, with"
+        " keys of the JSON in braces: template:'{id} {state} {labels.team} {duration:>9}'.",
     ),
     Command(
         "get",
@@ -119,7 +119,7 @@ COMMANDS: Final = (
     ),
     Command(
         "wait",
-        "wait until jobs have ended; prints the exit code of each",
+        "wait until jobs have ended, and print the exit code of each",
         "commands.wait",
         options.for_wait,
         description="Wait until jobs have ended, and print the exit code of each (128+n for signal n), a line"
@@ -130,21 +130,21 @@ COMMANDS: Final = (
         "stop a job, wait for its end, and show it as JSON",
         "commands.stop",
         options.for_stop,
-        description="Stop jobs: SIGTERM, after the grace period SIGKILL. Waits until they have ended, and"
-        " prints one as JSON, several as an array; at a terminal it prints a line for each.",
+        description="Stop jobs: with SIGTERM, and after the grace period with SIGKILL. Wait until they have"
+        " ended, and print one as JSON, several as an array; at a terminal, print a line for each.",
     ),
     Command(
         "rm",
-        "forget ended jobs, with their output; prints each",
+        "forget ended jobs, with their output, and print each",
         "commands.remove",
         options.for_rm,
     ),
     Command(
         "prune",
-        "forget all jobs that have ended, with their output; prints each",
+        "forget all jobs that have ended, with their output, and print each",
         "commands.prune",
         options.for_prune,
-        description="Forget all of your jobs that have ended, with their output. Asks first, at a terminal.",
+        description="Forget all of your jobs that have ended, with their output. At a terminal, ask first.",
     ),
     Command(
         "queue",
@@ -156,13 +156,13 @@ COMMANDS: Final = (
     ),
     Command(
         "hold",
-        "keep jobs of the queue from being started; prints each",
+        "keep jobs of the queue from being started, and print each",
         "commands.hold",
         options.for_jobs,
     ),
     Command(
         "release",
-        "let held jobs of the queue be started; prints each",
+        "let held jobs of the queue be started, and print each",
         "commands.release",
         options.for_jobs,
     ),
@@ -177,7 +177,7 @@ COMMANDS: Final = (
     ),
     Command(
         "submit",
-        "put the jobs of a file into the queue, all or none; prints their ids",
+        "put the jobs of a file into the queue, all or none, and print their ids",
         "batch.submit_file",
         options.for_submit,
         description="Put the jobs of a file into the queue, all of them or none, and print their ids."
@@ -193,8 +193,8 @@ COMMANDS: Final = (
         "events.show_events",
         options.for_events,
         description="Show each change of the states of your jobs from now on: a line each at a terminal,"
-        " lines of JSON elsewhere. Each has a number: --since goes on behind it, with no gap and no repeat,"
-        " also when pjwd or pjw was restarted meanwhile. A lost connection is made again.",
+        " lines of JSON elsewhere. Each has a number: --since goes on after it, with no gap and no repeat,"
+        " also when pjwd or pjw was restarted meanwhile. pjw makes a lost connection again.",
     ),
     Command(
         "stats",
@@ -216,10 +216,10 @@ COMMANDS: Final = (
         "copy.copy",
         options.for_cp,
         usage="pjw cp PATH JOB:PATH | pjw cp JOB:PATH PATH",
-        description="Copy a file or a directory into a job that runs, or out of it, as cp -r does: into the"
+        description="Copy a file or a directory into a running job, or out of it, as cp -r does: into the"
         " other path where that is a directory, else by that name. PATH/. is the contents of a directory. A"
         " path in a job begins in its workspace, or else its own directory, or with /. - is a tar archive on"
-        " stdin or stdout. Of a job that has ended there are its artifacts: what --output has named.",
+        " stdin or stdout. Of an ended job, pjw copies the artifacts: the files that --output named.",
         starts=True,
     ),
     Command(
@@ -311,10 +311,10 @@ COMMANDS: Final = (
     ),
     Command(
         "artifacts",
-        "list the files that were kept of a job that has ended",
+        "list the files that were kept of an ended job",
         "copy.show_artifacts",
         options.for_artifacts,
-        description="List the files that were kept of a job that has ended, as --output of its start named"
+        description="List the files that were kept of an ended job, as --output of its start named"
         " them: a line each at a terminal, lines of JSON elsewhere. pjw cp JOB:PATH PATH copies them.",
     ),
     Command(
@@ -328,7 +328,7 @@ COMMANDS: Final = (
     ),
     Command(
         "context",
-        "services by name, so that no certificate is typed twice",
+        "manage services by name, each with its certificate",
         actions=(
             Command(
                 "add",

@@ -183,7 +183,7 @@ def secrets(arguments: Namespace) -> dict[str, str]:
         key, equals, value = entry.partition("=")
         if not is_variable(key):
             raise InvalidJobError(
-                f"{where}: that is no environment variable",
+                f"{where}: that is not the name of an environment variable",
                 hint="a secret is KEY=VALUE, or KEY for the value here",
             )
         if not equals and key not in os.environ:

@@ -119,7 +119,7 @@ def array(text: str) -> str:
     try:
         return str(Array.of(text))
     except InvalidJobError as error:
-        raise ValueError(f"{error}; right are {error.hint}" if error.hint else str(error)) from None
+        raise ValueError(f"{error}; right would be {error.hint}" if error.hint else str(error)) from None
 
 
 @_typed
