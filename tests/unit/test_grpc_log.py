@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -12,17 +11,16 @@ from pjw.server.grpc_log import LINES_MAX, LINES_SECONDS, Budget, tell
 
 # What is said by whom, when a pipe is in the place of descriptor 2.
 PROGRAM = """
-import logging, os, sys, threading
+import logging, os, sys
 from pjw.server import grpc_log
 from pjw.server.log_setup import set_up_logging
 set_up_logging("warning", "text").start()
 pipe = grpc_log.take_stderr()
 os.write(2, b"E1129 03:12:00.123456   12345 tcp_server.cc:123] half of")
-grpc_log.relay(pipe)
+relay = grpc_log.relay(pipe)
 os.write(2, b" it\\nI1129 03:12:00.123456   12345 a.cc:1] unheard\\n\\xff is no text\\n")
 logging.getLogger().error("our own")
 print("a traceback", file=sys.stderr)
-[relay] = [thread for thread in threading.enumerate() if thread.name == "pjw-grpc-log"]
 os.close(2)
 relay.join()
 """
@@ -87,9 +85,7 @@ def test_a_line_in_parts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     parts = iter([b"one\ntw", b"o", b"\nthree\n", b""])
     with monkeypatch.context() as patch:
         patch.setattr("pjw.server.grpc_log.os.read", lambda *_: next(parts))
-        grpc_log.relay(-1)
-        [relay] = [thread for thread in threading.enumerate() if thread.name == "pjw-grpc-log"]
-        relay.join()
+        grpc_log.relay(-1).join()
     assert [record.getMessage() for record in caplog.records] == ["grpc: one", "grpc: two", "grpc: three"]
 
 

@@ -34,9 +34,11 @@ def take_stderr() -> int:
     return ours
 
 
-def relay(descriptor: int) -> None:
-    """Log the text from the pipe from now on, without privilege."""
-    threading.Thread(target=_run, args=(descriptor,), name="pjw-grpc-log", daemon=True).start()
+def relay(descriptor: int) -> threading.Thread:
+    """Log the text from the pipe from now on, without privilege; return the thread that does."""
+    thread = threading.Thread(target=_run, args=(descriptor,), name="pjw-grpc-log", daemon=True)
+    thread.start()
+    return thread
 
 
 def _run(descriptor: int) -> None:
