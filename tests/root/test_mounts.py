@@ -22,7 +22,7 @@ from pjw.model import EndReason, Job, JobSpec, JobState, Mount, MountSource, Que
 from tests.root.conftest import finish
 from tests.root.test_launcher_hostile import Peer, connect, peer
 from tests.support.fuse import SUPPORTED, WHY_NOT, DeadFileSystem
-from tests.support.service import Service, reloaded, wait_for, waiting_inits
+from tests.support.service import Service, reloaded, wait_for, waiting_ids, waiting_inits
 from tests.support.worker_harness import Bench
 
 __all__ = ["connect", "peer"]
@@ -233,6 +233,15 @@ def test_what_the_host_does_not_have_is_told_without_its_path(
     assert (caught.value.mount, caught.value.errno) == (name, error)
     assert str(lent.directory) not in f"{caught.value} {caught.value.hint}"
     wait_for(lambda: lent.made() == before)
+
+
+def test_no_init_goes_on_waiting_for_a_job_that_was_refused(lent: Service, alice: Client) -> None:
+    """It was made ahead, for the very job, and another job never takes it."""
+    job = alice.wait(alice.start(JobSpec("true")).id)
+    wait_for(lambda: job.id + 1 in waiting_ids(lent.state))
+    with pytest.raises(MountError):
+        alice.start(JobSpec("true", mounts=["gone"]))
+    wait_for(lambda: job.id + 1 not in waiting_ids(lent.state))
 
 
 def test_a_directory_that_gave_way_to_a_link(lent: Service, alice: Client) -> None:

@@ -255,6 +255,11 @@ class InitPool:
             close_all(trees)
         return Init(job_id, uid, limits, cgroup, report, made_at, image, read_only)
 
+    def discard_waiting(self, job_id: int) -> None:
+        """Discard the init that waits for a job, if one does."""
+        if (init := self._waiting.pop(job_id, None)) is not None:
+            self.discard(init)
+
     def discard(
         self,
         init: Init,

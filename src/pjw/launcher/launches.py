@@ -172,7 +172,8 @@ class Launches:
             if isinstance(init, PjwError):
                 job_id = launch.request.job_id
                 del self._launches[job_id]
-                # the init of a wrong guess may still be on its way out
+                # no init was taken: one may wait for this job, and another of a wrong guess be on its way out
+                self._parts.pool.discard_waiting(job_id)
                 is_left = job_id in self._parts.departures
                 self._phases.move(job_id, InitPhase.DISCARDED if is_left else InitPhase.ABSENT)
                 self._parts.replies.refuse(launch.seq, _in_clients_words(init))
