@@ -101,7 +101,7 @@ def test_it_is_left_and_come_back_to(service: Service) -> None:
             other.type("echo from ''another\r")
             other.wait_for("from another")
             terminal.type("z")
-            terminal.wait_for("not heard any more")
+            terminal.wait_for("took over; nothing reads")
             other.type("exit 5\r")
             assert other.wait_for_end() == 5
         assert terminal.wait_for_end() == 5

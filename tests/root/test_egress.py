@@ -642,9 +642,13 @@ def test_names_that_the_operator_takes_back(world: World, client: Client) -> Non
 def test_the_end_of_a_job_is_that_of_its_connections(world: World, client: Client) -> None:
     """The host sees it, and nothing of the job is left."""
     job = client.start(world.spec(IDLE))
-    pieces = iter([f"CONNECT good.test:{world.echo_port} HTTP/1.0\r\n\r\n".encode()])
+    pieces = iter([f"CONNECT good.test:{world.echo_port} HTTP/1.0\r\n\r\n".encode(), b"early"])
     answers = client.connect(job.id, PROXY_PORT, _then_wait(pieces))
-    assert next(answers).startswith(b"HTTP/1.1 200 ")
+    # the proxy opens the pipes after its answer, and before the first bytes of the host
+    came = b""
+    while not came.endswith(b"early"):
+        came += next(answers)
+    assert came.startswith(b"HTTP/1.1 200 ")
     directory = f"/proc/{world.egress()}/fd"
     count = len(os.listdir(directory))
     client.stop(job.id, grace=0)

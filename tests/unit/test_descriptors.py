@@ -1,5 +1,6 @@
 """How many descriptors are left for a start: exact, whatever has taken the others."""
 
+import gc
 import os
 import resource
 import socket
@@ -15,6 +16,8 @@ from pjw.worker.host import SPARE_DESCRIPTORS, Descriptors
 @pytest.fixture
 def limit() -> Iterator[int]:
     """A limit of descriptors that is not far, given back after the test."""
+    # sockets of earlier tests would otherwise be collected, and so closed, in the midst of a count
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     lower = highest + 3 * SPARE_DESCRIPTORS

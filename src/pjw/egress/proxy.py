@@ -123,7 +123,6 @@ class Proxy:
             for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 peer.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER_BYTES)
         # One client may have half of all, and half of those that others leave: so there is room for another.
-        # another.
         free = self._total_max - self._of_client.total()
         has_room = len(job.tasks) < self._max and self._of_client[job.client] < free
         if not has_room:
