@@ -29,7 +29,7 @@ LIVE_GOAL: Final = 0.70
 
 def run(*, quick: bool) -> list[Figure]:
     """Measure all rows of the suite; in each round each contestant has one turn."""
-    size, rounds = (256 * MIB, 2) if quick else (1024 * MIB, 5)
+    size, rounds = (256 * MIB, 3) if quick else (1024 * MIB, 5)
     # many followers get the last part of the output only
     shares = dict(zip(COUNTS, (size, size // 8, size // 32), strict=True))
     free = shutil.disk_usage(pjwd.DIRECTORY).free
@@ -167,7 +167,9 @@ def _figures(found: _Found) -> list[Figure]:
             _cpu("1 follower", cpu["pjw", 1], "openssl", cpu["openssl"], held=Held.IF_THERE),
         ]
     figures += [
-        _rate("live, 1 follower", rate["live"], FINISHED, finished, LIVE_GOAL),
+        # CI holds it to the next ratio alone: on two cores the job's own writing takes a share of the
+        # processor, and with a busy neighbour that share varies more than the bound
+        _rate("live, 1 follower", rate["live"], FINISHED, finished, LIVE_GOAL, Held.NEVER),
         _rate("live, 1 follower", rate["live"], "written first", rate["written first"]),
         _cpu("live, 1 follower", cpu["live"], FINISHED, cpu["pjw", 1]),
     ]
