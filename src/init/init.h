@@ -188,7 +188,7 @@ struct options {
     uid_t uid;
     gid_t gid;
     const char *hostname, *scratch;
-    char *variable; /* NAME=VALUE, beside our own environment */
+    char *variable; /* NAME=VALUE, in addition to our own environment */
     char *cgroup;   /* the job's cgroup directory, which the job sees; NULL with cgroup v1 */
     char *hides[HIDES_MAX];
     int hide_count;

@@ -39,7 +39,7 @@ static const char NEW_ROOT[] = BASE "/root", COVERS[] = BASE "/covers";
  */
 static const char LAYERS[] = "lowerdir=.:" EMPTY ",xino=off,index=off,metacopy=off,nfs_export=off,redirect_dir=nofollow";
 
-/* An overlay is a mount of its own, so it must repeat the restrictions of its lower mount beside SEEN. */
+/* An overlay is a mount of its own, so it must repeat the restrictions of its lower mount in addition to SEEN. */
 static unsigned long forbidden(int directory, const char *target) {
     struct statvfs status;
     if (fstatvfs(directory, &status) < 0)

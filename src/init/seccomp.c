@@ -104,7 +104,7 @@ static const struct sock_filter FILTER[] = {
 
     /* Looked at each time, as their arguments differ, and common: so first. */
     /*
-     * Typing into a terminal that is not ours alone. And attributes of a file beside its contents: its project, by which a
+     * Typing into a terminal that is not ours alone. And attributes of a file other than its contents: its project, by which a
      * quota counts it, and flags that keep root from removing it. Programs that copy flags expect EOPNOTSUPP of a file
      * system that has none. file_setattr(2) does the same and is above NEWEST.
      */

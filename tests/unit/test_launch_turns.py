@@ -8,7 +8,7 @@ import pytest
 from pjw.worker import launch_turns
 from pjw.worker.launch_turns import (
     AT_ONCE_ALONE,
-    AT_ONCE_BESIDE_OTHERS,
+    AT_ONCE_WITH_OTHERS,
     RECENT_SECONDS,
     LaunchTurns,
 )
@@ -83,7 +83,7 @@ async def test_beside_others_a_client_has_fewer_at_a_time() -> None:
     async with turns.turn("bob"):
         pass
     under_way = [await end(number) for number in range(AT_ONCE_ALONE)]
-    assert under_way == [max(AT_ONCE_BESIDE_OTHERS, AT_ONCE_ALONE - number) for number in range(1, 5)]
+    assert under_way == [max(AT_ONCE_WITH_OTHERS, AT_ONCE_ALONE - number) for number in range(1, 5)]
     assert begun == list(range(len(begun)))
     now += RECENT_SECONDS + 0.1
     assert await end(AT_ONCE_ALONE) == AT_ONCE_ALONE
@@ -122,7 +122,7 @@ async def test_a_launch_that_takes_long_holds_up_no_other(monkeypatch: pytest.Mo
 async def forgotten(turns: LaunchTurns) -> None:
     """Nothing is kept of a client that has not launched for a while, once another one has some at a time."""
     async with AsyncExitStack() as stack:
-        for _ in range(AT_ONCE_BESIDE_OTHERS + 1):
+        for _ in range(AT_ONCE_WITH_OTHERS + 1):
             await stack.enter_async_context(turns.turn("carol"))
     assert "carol" in texts_kept_by(turns)
     assert "alice" not in texts_kept_by(turns)

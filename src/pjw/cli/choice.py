@@ -13,7 +13,7 @@ from pjw.model import Job, JobState
 if TYPE_CHECKING:
     from pjw.client.sync import Client
 
-# How many of the newest jobs `list` shows at a terminal, beside those that run: they fit on a screen.
+# How many of the newest jobs `list` shows at a terminal, in addition to those that run: they fit on a screen.
 RECENT_MAX: Final = 20
 ALIVE: Final = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
 STOPPABLE: Final = (JobState.QUEUED, *ALIVE)

@@ -147,7 +147,7 @@ as `limits`.
   files there is killed, the reason is disk_limit
 
 `pjw quota` shows what you may ask for, what all your jobs may have together,
-and your share of the machine beside other clients; `pjw top` what your jobs
+and your share of the machine among clients; `pjw top` what your jobs
 use now, `pjw stats ID` what one has used over its life.
 """,
     ),

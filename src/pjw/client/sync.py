@@ -762,8 +762,8 @@ class Client(BaseClient):
         return False
 
     def _pause(self, trouble: RetryState, error: grpc.RpcError) -> None:
-        # No watch on the channel's connectivity beside this: a thread of gRPC's goes on with it for a moment
-        # after it has become ready, and dies with a traceback when the channel is closed in that moment.
+        # No watch on the channel's connectivity during this wait: a thread of gRPC's goes on with it for a
+        # moment after it has become ready, and dies with a traceback when the channel is closed then.
         if self._link.closed.wait(trouble.after(error)):
             raise trouble.closed()
 

@@ -231,7 +231,7 @@ class Launcher:
         return (protocol.Done(),)
 
     def answer_set_share(self, seq: int, request: protocol.SetShare, _: OwnedFds) -> Answer:
-        """Give a client another share of the host, beside the jobs that it has."""
+        """Give a client another share of the host, even while it has jobs."""
         self.parts.policy.check_uid(request.uid)
         return (protocol.ShareSet(tuple(self.parts.pool.set_share(request.uid, request.share))),)
 
@@ -278,7 +278,7 @@ class Launcher:
         self._counting_workspaces -= 1
 
     def answer_remove_workspace(self, seq: int, request: protocol.RemoveWorkspace, _: OwnedFds) -> Answer:
-        """Remove a workspace, in its turn beside jobs' remains; the worker knows which jobs use it."""
+        """Remove a workspace, in its turn among the remains of jobs; the worker knows which jobs use it."""
         self.parts.policy.check_workspace(request)
         uid, name = request.uid, request.name
         if (uid, name) not in self.parts.removals and self.parts.workspaces.remove_if_empty(uid, name):

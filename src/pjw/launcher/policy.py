@@ -35,7 +35,7 @@ SIGNAL_MAX: Final = 31
 
 # files of a launch or of a session that init reads; it writes to all others
 _READ: Final = ("command", "input", "control", "upload", "patterns")
-# The variables that every job finds in its environment, beside those that its client adds: neither the
+# The variables that every job has, in addition to those that its client adds: neither the
 # server's nor the launcher's ever reaches a job. docs/architecture.md lists them for users.
 JOB_ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

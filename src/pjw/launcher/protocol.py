@@ -1,7 +1,7 @@
 """The messages between worker and launcher: bytes in, values out. No I/O.
 
 One message is one datagram of a SOCK_SEQPACKET socket, a JSON object with exactly the keys
-of its class beside `op` and `seq`. The kernel keeps the edges of datagrams, so there is no
+of its class in addition to `op` and `seq`. The kernel keeps the edges of datagrams, so there is no
 framing to get wrong. docs/launcher-protocol.md says which message carries which descriptors.
 """
 

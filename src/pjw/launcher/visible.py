@@ -13,7 +13,7 @@ from typing import Final, Literal
 from pjw.errors import ConfigError, KernelError
 from pjw.launcher.cgroup.interface_files import parse_mounts
 
-# with the mounts in them; beside the root's own file system
+# with the mounts in them; in addition to the root's own file system
 VISIBLE: Final = ("/etc", "/opt", "/usr")
 NOT_VISIBLE: Final = ("/home", "/srv")
 # paths that are a job's own, whatever the host has there

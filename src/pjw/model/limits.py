@@ -179,7 +179,7 @@ NO_SUMS: Final = Sums()
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A client's part of the host: its weight beside other clients with jobs, and its sums."""
+    """A client's part of the host: its weight against other clients with jobs, and its sums."""
 
     weight: int = WEIGHT_DEFAULT
     sums: Sums = NO_SUMS

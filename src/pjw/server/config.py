@@ -525,12 +525,12 @@ def config_of(
     """Judge the values of a file, given with its path, and of the command line. Raises ConfigError."""
     values = _without_removed(values)
     require_values(f"the configuration {path}" if path else "the options", {**values, **(options or {})})
-    beside: dict[str, object] = {}
+    certificates: dict[str, object] = {}
     if path is not None:
         directory = os.path.dirname(os.path.abspath(path))
-        beside = {key: os.path.join(directory, name) for key, name in CERTIFICATE_FILES.items()}
+        certificates = {key: os.path.join(directory, name) for key, name in CERTIFICATE_FILES.items()}
     try:
-        return msgspec.convert({**beside, **values, **(options or {})}, ServerConfig)
+        return msgspec.convert({**certificates, **values, **(options or {})}, ServerConfig)
     except msgspec.ValidationError as error:
         named = f"configuration {path}" if path else "configuration"
         raise ConfigError(f"the {named} is not valid: {error}", hint=_perhaps(values)) from error

@@ -1,7 +1,7 @@
 """Launches under way: so many of a client at a time, the others in turn.
 
 The launcher takes requests as they come. So a client has only a few launches ahead of another's start,
-however many starts it asks for at once (S10). It has fewer beside other clients than alone.
+however many starts it asks for at once (S10). It has fewer while other clients launch than alone.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-# Enough to keep launcher and processors busy: a launch is mostly the kernel's work, beside the next one.
+# Enough to keep launcher and processors busy: a launch is mostly the kernel's work.
 AT_ONCE_ALONE: Final = 4
-# Each launch keeps a processor busy: beside two at a time of one client, another's stop took 3.3 times as
-# long as beside a client that starts and stops one job after the other, and beside one at a time 2.0 times.
-AT_ONCE_BESIDE_OTHERS: Final = 1
+# Each launch keeps a processor busy. While one client had two launches at a time, another's stop took 3.3
+# times as long as while it started and stopped one job after the other; with one launch at a time, 2.0 times.
+AT_ONCE_WITH_OTHERS: Final = 1
 # seconds for which a client counts after its last launch
 RECENT_SECONDS: Final = 1.0
 # A launch that takes longer waits for something else than a processor, such as a disk: the next may begin.
@@ -137,7 +137,7 @@ class LaunchTurns:
     def _has_room(self, client_name: str, line: _Line) -> bool:
         if line.under_way >= AT_ONCE_ALONE:
             return False
-        return line.under_way - line.slow < AT_ONCE_BESIDE_OTHERS or self._is_alone(client_name)
+        return line.under_way - line.slow < AT_ONCE_WITH_OTHERS or self._is_alone(client_name)
 
     def _is_alone(self, client_name: str) -> bool:
         before = self._clock() - RECENT_SECONDS

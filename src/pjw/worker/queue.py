@@ -552,7 +552,7 @@ class Queue:
         return head
 
     def _is_free(self, job: Head | Job) -> bool:
-        """Whether a job may be in its workspace, if it has one, beside those that use it."""
+        """Whether a job may be in its workspace, if it has one, together with those that use it."""
         return not job.workspace or is_free(
             self._busy(job.client_name), job.workspace, exclusive=job.exclusive
         )

@@ -237,7 +237,7 @@ class Starts:
         turn = self._parts.turns.turn(client_name)
         try:
             try:
-                # Before the launch, not beside it: after a power cut nothing that was executed may be queued.
+                # Before the launch, not during it: after a power cut nothing that was executed may be queued.
                 await self._parts.state.store.sync()
                 await turn.begin()
                 self._require_launcher()

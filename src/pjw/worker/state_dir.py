@@ -374,7 +374,7 @@ class StateDir:
 
 
 def _names_of(job: Job) -> Sequence[str]:
-    """Return the files that a job has from its start on, beside its input."""
+    """Return the files that a job has from its start on, in addition to its input."""
     return (*_FILES, *_STDERR_FILES) if job.split_stderr else _FILES
 
 

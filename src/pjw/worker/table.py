@@ -90,7 +90,7 @@ class Table:
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("PRAGMA journal_mode = WAL")
         # NORMAL: a commit survives the death of any process. Commits that must survive a power cut too are
-        # synced by us (wal.py), beside other work; FULL would have each wait in turn.
+        # synced by us (wal.py), during other work; FULL would have each wait in turn.
         db.execute("PRAGMA synchronous = NORMAL")
         migrate(db, self._path)
 

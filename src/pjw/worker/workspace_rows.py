@@ -28,7 +28,7 @@ _UNUSED: Final = f"removing = 0 AND {_NAMED} AND NOT EXISTS ({_USED})"
 
 
 def is_free(busy: Mapping[str, bool], workspace: str, *, exclusive: bool) -> bool:
-    """Return whether a job may be in a workspace beside those that are there; it always may in none."""
+    """Return whether a job may be in a workspace together with those in it; it always may in none."""
     there = busy.get(workspace) if workspace else None
     return there is None or not (there or exclusive)
 

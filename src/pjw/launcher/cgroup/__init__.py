@@ -1,7 +1,7 @@
 """The cgroups of jobs: create, limit, enter, account, kill, remove. One interface, v1 and v2.
 
 There are three levels: `pjw/INSTANCE` holds the sum of all jobs, `client-UID` that of one client with its
-weight beside others, `job-ID` one job. The directories are the registry of jobs: `job-ID` exists = the job
+weight against others, `job-ID` one job. The directories are the registry of jobs: `job-ID` exists = the job
 exists. They outlive the launcher, so finding them there at a start is normal.
 """
 
