@@ -324,7 +324,11 @@ async def test_a_killed_spawner(bench: Bench, worker: Worker) -> None:
     [launcher] = launchers_of(os.getpid())
     spawner = spawner_of(launcher)
     assert spawner is not None
+    pidfd = os.pidfd_open(spawner)
     os.kill(spawner, signal.SIGKILL)
+    # a request that it took before its end would be lost with it, and the client told so
+    assert is_ready_within(pidfd, 1000)
+    os.close(pidfd)
     assert (await run(worker, job.id, "echo again"))[1] == b"again\n"
     assert (await worker.stop(job.id, 0)).state is JobState.EXITED
     ended = await worker.wait_session(job.id, session.number)
