@@ -1,6 +1,7 @@
 """The root switch, and what tests of every room share."""
 
 import os
+import signal
 
 import pytest
 
@@ -17,8 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Make files as most users do: jobs and other users read some of those that tests make."""
+    """Begin as at most users' terminals.
+
+    Jobs and other users read some of the files that tests make. Tests send SIGHUP to programs, which inherit
+    that it is ignored where nohup(1) runs the tests.
+    """
     os.umask(0o022)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

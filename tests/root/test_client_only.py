@@ -9,7 +9,7 @@ import pytest
 
 from pjw.certs import authority
 from tests.support import client_only
-from tests.support.service import CALL_SECONDS, Service
+from tests.support.service import CALL_SECONDS, Service, wait_for
 
 
 class Client:
@@ -102,9 +102,14 @@ def test_contexts(client: Client, bundle: Path) -> None:
 
 def test_stats_have_no_plots(client: Client) -> None:
     """The numbers are there, and what brings the plots is named."""
-    command = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; sleep 2.5"
-    job = client.ok("start", command).strip()
-    client.ok("wait", job)
+
+    def samples(job: str) -> int:
+        return len(json.loads(client.ok("stats", "--format", "json", job))["samples"])
+
+    job = client.ok("start", "sleep 600").strip()
+    # a plot is of two points at least
+    wait_for(lambda: samples(job) > 1)
+    client.ok("stop", "--grace", "0", job)
     done = client.run("stats", job)
     assert (done.returncode, done.stderr) == (
         0,
@@ -112,7 +117,7 @@ def test_stats_have_no_plots(client: Client) -> None:
     )
     assert b"CPU        " in done.stdout
     assert b"percent" not in done.stdout
-    assert len(json.loads(client.ok("stats", "--format", "json", job))["samples"]) > 1
+    assert samples(job) > 1
 
 
 def test_the_library(client: Client) -> None:
